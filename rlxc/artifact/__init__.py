@@ -1,0 +1,43 @@
+"""The artifact: a folder with a manifest, a compiled model, its weights and its tokenizer.
+
+It is written under a hidden name and renamed when complete, so that whatever has the final name is whole. It is
+opened with every field, size and digest checked. Digests find damage; they are not signatures.
+"""
+
+from rlxc.artifact.manifest import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    AdapterEntry,
+    FileEntry,
+    KvLayer,
+    KvPlan,
+    Manifest,
+    ModelFacts,
+    Options,
+    TargetFacts,
+    TokenizerFacts,
+    WeightEntry,
+)
+from rlxc.artifact.read import Artifact, Verification
+from rlxc.artifact.write import ArtifactWriter, FileWriter
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "AdapterEntry",
+    "Artifact",
+    "ArtifactWriter",
+    "FileEntry",
+    "FileWriter",
+    "KvLayer",
+    "KvPlan",
+    "Manifest",
+    "ModelFacts",
+    "Options",
+    "TargetFacts",
+    "TokenizerFacts",
+    "Verification",
+    "WeightEntry",
+]

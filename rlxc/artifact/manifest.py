@@ -1,0 +1,292 @@
+"""What ``manifest.json`` says: typed, and checked field by field when it is read.
+
+The dataclasses are the schema. A field's annotation gives its type and, through :class:`_Rule`, its range; one reader
+follows the annotations, so that a new field needs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rlxc.dtypes import DType
+from rlxc.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FORMAT = "rlxc-artifact"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a value must be, beyond its type."""
+
+    says: str
+    holds: Callable[[Any], bool]
+
+
+def _integer(low: int, high: int) -> _Rule:
+    return _Rule(f"an integer in {low}..{high}", lambda value: low <= value <= high)
+
+
+def _text(says: str, pattern: str) -> _Rule:
+    return _Rule(says, lambda value: re.fullmatch(pattern, value) is not None)
+
+
+Count = Annotated[int, _integer(1, 2**31 - 1)]
+Index = Annotated[int, _integer(0, 2**31 - 1)]
+Bytes = Annotated[int, _integer(0, 2**62)]
+Finite = Annotated[float, _Rule("finite", math.isfinite)]
+Sha256 = Annotated[str, _text("64 hexadecimal digits", r"[0-9a-f]{64}")]
+FileName = Annotated[str, _text("a plain file name", r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What was compiled; ``fingerprint`` is the sha256 of the input."""
+
+    architecture: str
+    name: str
+    fingerprint: Sha256
+    layers: Count
+    vocab_size: Count
+    trained_context: Count
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the artifact runs on."""
+
+    backend: Literal["onnx", "tvm"]
+    name: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """The compile options that shaped the artifact."""
+
+    activations: Literal["int8", "float32"]
+    context: Count
+
+
+@dataclass(frozen=True)
+class KvLayer:
+    """The cache of one layer: ``capacity`` positions of ``heads`` x ``head_dim`` keys, and as many values.
+
+    A ``ring`` keeps the last ``capacity`` positions; attention sees ``window`` of them.
+    """
+
+    index: Index
+    layout: Literal["linear", "ring"]
+    capacity: Count
+    window: Count | None
+    heads: Count
+    head_dim: Count
+    dtype: DType
+    bytes_per_token: Count
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """How the runtime keeps keys and values: ``context`` tokens, added at most ``max_step`` at a time."""
+
+    context: Count
+    max_step: Count
+    bytes_per_token: Count
+    layers: tuple[KvLayer, ...]
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One weight as stored: format, shape ``[out, in]``, where it came from, and the bytes it takes."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Count, ...]
+    recipe: str
+    nbytes: Bytes
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The token ids that start and end a text, and whether encoding adds them."""
+
+    bos_id: Index | None
+    eos_ids: tuple[Index, ...]
+    add_bos: bool
+    add_eos: bool
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """A LoRA adapter compiled into the artifact."""
+
+    name: str
+    fingerprint: Sha256
+    scale: Finite
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """The size in bytes and the digest of one file."""
+
+    size: Bytes
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything an artifact says about itself; ``rlxc`` is the version that compiled it."""
+
+    rlxc: str
+    model: ModelFacts
+    target: TargetFacts
+    options: Options
+    kv_cache: KvPlan
+    tokenizer: TokenizerFacts
+    weights: tuple[WeightEntry, ...]
+    adapters: tuple[AdapterEntry, ...] = ()
+    files: Mapping[FileName, FileEntry] = field(default_factory=lambda: MappingProxyType({}))
+
+    def to_json(self) -> bytes:
+        """The text of ``manifest.json``; equal manifests give equal bytes."""
+        tree = {"format": FORMAT, "version": VERSION, **_plain(self)}
+        return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, source: object = None) -> Manifest:
+        """Read and check every field.
+
+        Raises:
+            ArtifactError: naming the first field that is missing, unknown, of the wrong type or out of range.
+        """
+        tree = parse_object(text, source)
+        version, maker = tree.pop("version", None), tree.get("rlxc")
+        if tree.pop("format", None) != FORMAT:
+            raise ArtifactError(
+                f"{MANIFEST} is not that of an rlxc artifact",
+                source=source,
+                remedy="give the path of an artifact",
+            )
+        if type(version) is int and version > VERSION:
+            raise ArtifactError(
+                f"made by a newer rlxc ({maker!r:.40}): its format is version {version}, this one reads {VERSION}",
+                source=source,
+                remedy="upgrade: pip install --upgrade rlxc",
+            )
+        try:
+            _expect(type(version) is int and version == VERSION, str(VERSION), version, "version")
+            manifest: Manifest = _read(cls, tree, "")
+            _check_consistency(manifest)
+        except _Mismatch as mismatch:
+            raise ArtifactError(
+                f"{MANIFEST}: {mismatch}", source=source, remedy="compile the model again"
+            ) from None
+        return manifest
+
+
+def parse_object(text: bytes, source: object) -> dict[str, Any]:
+    """The JSON object in ``text``; other JSON counts as an empty one.
+
+    Raises:
+        ArtifactError: it is not JSON.
+    """
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{MANIFEST} is not JSON ({error})", source=source, remedy="compile the model again"
+        ) from None
+    return tree if isinstance(tree, dict) else {}
+
+
+class _Mismatch(ValueError):
+    """A field is not what its annotation says."""
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as what ``json`` writes."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """The JSON value at ``where`` as ``kind``: an annotated type, a container, a dataclass or a leaf."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        leaf = _read(args[0], value, where)
+        for rule in args[1:]:
+            _expect(rule.holds(leaf), rule.says, value, where)
+        return leaf
+    if origin in (Union, UnionType):  # of X and None only
+        return None if value is None else _read(args[0], value, where)
+    if origin is Literal:
+        _expect(type(value) is str and value in args, " or ".join(map(repr, args)), value, where)
+        return value
+    if origin is tuple:
+        _expect(type(value) is list, "a list", value, where)
+        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        _expect(type(value) is dict, "an object", value, where)
+        items = {_read(args[0], key, f"a name in {where}"): item for key, item in value.items()}
+        return MappingProxyType({key: _read(args[1], item, f"{where}.{key}") for key, item in items.items()})
+    if is_dataclass(kind):
+        return _read_object(kind, value, where)
+    if issubclass(kind, Enum):
+        names = [str(member.value) for member in kind]
+        _expect(type(value) is str and value in names, f"one of {', '.join(names)}", value, where)
+        return kind(value)
+    _expect(type(value) is kind, f"of type {_JSON_NAMES[kind]}", value, where)
+    return value
+
+
+_JSON_NAMES = {int: "integer", float: "floating-point number", str: "string", bool: "boolean"}
+
+
+def _read_object(kind: Any, value: Any, where: str) -> Any:
+    """A JSON object as the dataclass ``kind``: exactly its fields."""
+    _expect(type(value) is dict, "an object", value, where)
+    kinds = get_type_hints(kind, include_extras=True)
+    prefix = f"{where}." if where else ""
+    missing = [name for name in kinds if name not in value]
+    if missing:
+        raise _Mismatch(f"{prefix}{missing[0]} is missing")
+    unknown = [name for name in value if name not in kinds]
+    if unknown:
+        raise _Mismatch(f"{prefix or 'the top level '}has an unknown field {unknown[0]!r:.80}")
+    return kind(**{name: _read(kinds[name], value[name], prefix + name) for name in kinds})
+
+
+def _expect(holds: bool, says: str, value: object, where: str) -> None:
+    if not holds:
+        raise _Mismatch(f"{where} must be {says}, got {value!r:.80}")
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    """What the fields must say together, so that the runtime can obey the plan."""
+    plan, model, tokenizer = manifest.kv_cache, manifest.model, manifest.tokenizer
+    if [layer.index for layer in plan.layers] != list(range(model.layers)):
+        raise _Mismatch(f"kv_cache.layers must describe layers 0..{model.layers - 1} in order")
+    if manifest.options.context != plan.context:
+        raise _Mismatch(f"options.context is {manifest.options.context}, kv_cache.context is {plan.context}")
+    if plan.max_step > plan.context:
+        raise _Mismatch(f"kv_cache.max_step is {plan.max_step}, more than its context {plan.context}")
+    for i, layer in enumerate(plan.layers):
+        needed = plan.context if layer.layout == "linear" else layer.window
+        if needed is None:
+            raise _Mismatch(f"kv_cache.layers[{i}].window is missing from a ring")
+        if layer.capacity < needed:
+            raise _Mismatch(f"kv_cache.layers[{i}].capacity is {layer.capacity}, it needs {needed}")
+    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    for token in (*bos, *tokenizer.eos_ids):
+        if token >= model.vocab_size:
+            raise _Mismatch(f"tokenizer names token {token}, the vocabulary has {model.vocab_size}")

@@ -1,0 +1,77 @@
+"""The ONNX backend: a graph that plain ONNX Runtime loads, with every quantised weight bit-exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from rlxc.artifact import ArtifactWriter
+from rlxc.backends import BuildOptions
+from rlxc.backends.onnx.external import WeightsFile
+from rlxc.backends.onnx.model import build_model
+from rlxc.backends.onnx.storage import ReadBytes, Storage
+from rlxc.backends.onnx.weights import write_weights
+from rlxc.dtypes import DType
+from rlxc.ir import Graph, Source
+from rlxc.ir.target import TargetFeatures
+
+_PACKED = [dtype for dtype in DType if dtype.is_packed]
+
+
+class OnnxBackend:
+    """Writes ``model.onnx`` and ``weights.bin``."""
+
+    name = "onnx"
+    features = TargetFeatures(
+        # SkipSimplifiedLayerNormalization is slower here than Add and RMSNormalization.
+        add_rms_norm=False,
+        glu=True,
+        group_query_attention=True,
+        ring_cache=True,
+        storage={dtype: Storage.of(dtype).name for dtype in _PACKED},
+        widest={Storage.of(DType.Q8_0).name: DType.Q8_0},
+    )
+
+    def build(
+        self,
+        graph: Graph,
+        read: ReadBytes,
+        writer: ArtifactWriter,
+        options: BuildOptions,
+        progress: Callable[[str], None],
+    ) -> None:
+        """Write the graph's model and weights into an artifact.
+
+        Args:
+            graph: the graph after this backend's passes.
+            read: gives the bytes of the model file's tensors.
+            writer: the artifact being written.
+            options: what the user chose.
+            progress: told each weight's name when it is written.
+        """
+
+        def read_floats(name: str) -> npt.NDArray[np.float32]:
+            recipe = graph.weight[name].recipe
+            assert isinstance(recipe, Source)
+            return read(recipe.tensor).view("<f4")
+
+        with writer.file("weights.bin") as sink:
+            file = WeightsFile("weights.bin", sink)
+            stored = write_weights(graph, read, file, progress)
+            model = build_model(
+                graph,
+                stored,
+                file,
+                read_floats,
+                int8=options.activations == "int8",
+                context=options.context,
+            )
+        with writer.file("model.onnx") as sink:
+            sink.write(np.frombuffer(_deterministic_bytes(model), np.uint8))
+
+
+def _deterministic_bytes(model: onnx.ModelProto) -> bytes:
+    return model.SerializeToString(deterministic=True)

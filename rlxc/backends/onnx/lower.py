@@ -1,0 +1,304 @@
+"""Each IR op as ONNX nodes, one function per op, in the ops that ONNX Runtime runs fastest.
+
+What is and is not used, and why, is measured in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from rlxc.backends.onnx.external import Region, WeightsFile
+from rlxc.backends.onnx.weights import Stored, StoredFloat, StoredPacked
+from rlxc.errors import UnsupportedError
+from rlxc.ir import Graph, Node, RopeSpec, ops
+
+MICROSOFT = "com.microsoft"
+
+ReadFloats = Callable[[str], npt.NDArray[np.float32]]
+"""Gives a small f32 weight's values, by its name."""
+
+
+class Lowering:
+    """Collects the nodes and initializers of one graph while its ops are lowered one by one."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        stored: Mapping[str, Stored],
+        file: WeightsFile,
+        read_floats: ReadFloats,
+        *,
+        int8: bool,
+        context: int,
+    ) -> None:
+        self.graph, self.stored, self.file, self.read_floats = graph, stored, file, read_floats
+        self.accuracy_level = 4 if int8 else 1
+        self.context = context
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self._rope_tables: dict[tuple[RopeSpec, str], tuple[str, str]] = {}
+        self._block_sums: set[str] = set()
+        self._lengths: list[str] = []
+
+    def add(
+        self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any
+    ) -> None:
+        """Append an ONNX node."""
+        name = f"{op}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
+
+    def constant(self, name: str, array: npt.NDArray[np.generic]) -> str:
+        """A small initializer inside the model file."""
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def external(self, name: str, data_type: int, dims: tuple[int, ...], region: Region) -> str:
+        """An initializer in the weights file."""
+        if name not in self.initializers:
+            self.initializers[name] = self.file.tensor(name, data_type, dims, region)
+        return name
+
+    def float_weight(self, name: str) -> str:
+        """A weight in a float format, cast to f32 where it is narrower (ONNX Runtime does that once, at load)."""
+        stored = self.stored[name]
+        assert isinstance(stored, StoredFloat)
+        shape = self.graph.weight[name].type.shape
+        tensor = self.external(name, stored.data_type, tuple(map(int, shape)), stored.region)
+        if stored.data_type == TensorProto.FLOAT:
+            return tensor
+        self.add("Cast", [tensor], [f"{name}.f32"], to=TensorProto.FLOAT)
+        return f"{name}.f32"
+
+    def packed_inputs(self, name: str, weight: StoredPacked, *, gather: bool) -> list[str]:
+        """Codes, scales and zero points, in the shapes of ``GatherBlockQuantized`` or ``MatMulNBits``; one set of bytes."""
+        s, blocks = weight.storage, weight.blocks
+        packed = (weight.columns * s.bits // 8,) if gather else (blocks, s.block * s.bits // 8)
+        suffix = "table" if gather else "codes"
+        codes = self.external(f"{name}.{suffix}", TensorProto.UINT8, (weight.rows, *packed), weight.codes)
+        inputs = [
+            codes,
+            self.external(f"{name}.scales", TensorProto.FLOAT, (weight.rows, blocks), weight.scales),
+        ]
+        if weight.zero_points is not None:
+            dims = (weight.rows, -(-blocks * s.bits // 8))
+            inputs.append(self.external(f"{name}.zero_points", TensorProto.UINT8, dims, weight.zero_points))
+        return inputs
+
+    def mins(self, name: str, weight: StoredPacked) -> str:
+        """The minimums of a packed weight, ``[rows, blocks]``."""
+        assert weight.mins is not None
+        return self.external(f"{name}.mins", TensorProto.FLOAT, (weight.rows, weight.blocks), weight.mins)
+
+    def lengths(self) -> list[str]:
+        """The two lengths that attention asks for, from ``attention_mask [batch, total]``: last positions, and total."""
+        if not self._lengths:
+            self._lengths = ["last_positions", "total_length"]
+            one = self.constant("one", np.array([1]))
+            self.add("ReduceSum", ["attention_mask", one], ["mask_sums"], keepdims=0)
+            self.add("Sub", ["mask_sums", one], ["last_positions.i64"])
+            self.add("Cast", ["last_positions.i64"], [self._lengths[0]], to=TensorProto.INT32)
+            self.add("Shape", ["attention_mask"], ["mask_shape"])
+            self.add("Gather", ["mask_shape", self.constant("index_one", np.array(1))], ["total_length.i64"])
+            self.add("Cast", ["total_length.i64"], [self._lengths[1]], to=TensorProto.INT32)
+        return self._lengths
+
+    def block_sums(self, x: str, block: int) -> str:
+        """The sums of x over each ``block`` of its last dimension, computed once for all weights that need them."""
+        sums = f"{x}.sums.{block}"
+        if sums not in self._block_sums:
+            self._block_sums.add(sums)
+            to_blocks = self.constant(f"blocks.{block}", np.array([0, 0, -1, block]))
+            self.add("Reshape", [x, to_blocks], [f"{x}.blocks.{block}"])
+            last_axis = self.constant("last_axis", np.array([-1]))
+            self.add("ReduceSum", [f"{x}.blocks.{block}", last_axis], [sums], keepdims=0)
+        return sums
+
+    def rope_tables(self, spec: RopeSpec, factors: str = "") -> list[str]:
+        """Cosine and sine tables ``[context, dim / 2]``, shared by all layers that rotate alike."""
+        if (spec, factors) not in self._rope_tables:
+            values = self.read_floats(factors) if factors else None
+            names = [f"rope.{len(self._rope_tables)}.{kind}" for kind in ("cos", "sin")]
+            for name, table in zip(names, spec.angles(np.arange(self.context), values)):
+                region = self.file.add([table.astype(np.float32)])
+                self.external(name, TensorProto.FLOAT, (self.context, spec.dim // 2), region)
+            self._rope_tables[spec, factors] = (names[0], names[1])
+        return list(self._rope_tables[spec, factors])
+
+
+@singledispatch
+def lower(op: ops.Op, node: Node, to: Lowering) -> None:
+    """Append the ONNX nodes of one IR node.
+
+    Raises:
+        UnsupportedError: this backend has no way to run the op.
+    """
+    raise UnsupportedError(f"the ONNX backend cannot run {op.name}", source=f"%{node.outputs[0]}")
+
+
+@lower.register
+def _(op: ops.Constant, node: Node, to: Lowering) -> None:
+    to.constant(node.outputs[0], np.asarray(op.value, np.float32))
+
+
+@lower.register(ops.Add)
+@lower.register(ops.Mul)
+@lower.register(ops.Sqrt)
+def _(op: ops.Op, node: Node, to: Lowering) -> None:
+    to.add(op.name, _values(node, to), list(node.outputs))
+
+
+@lower.register
+def _(op: ops.Square, node: Node, to: Lowering) -> None:
+    to.add("Mul", [node.inputs[0]] * 2, list(node.outputs))
+
+
+@lower.register
+def _(op: ops.Rsqrt, node: Node, to: Lowering) -> None:
+    root = f"{node.outputs[0]}.root"
+    to.add("Sqrt", list(node.inputs), [root])
+    to.add("Reciprocal", [root], list(node.outputs))
+
+
+@lower.register
+def _(op: ops.Mean, node: Node, to: Lowering) -> None:
+    to.add(
+        "ReduceMean", [*node.inputs, to.constant("last_axis", np.array([-1]))], list(node.outputs), keepdims=1
+    )
+
+
+@lower.register
+def _(op: ops.Silu, node: Node, to: Lowering) -> None:
+    to.add("QuickGelu", list(node.inputs), list(node.outputs), MICROSOFT, alpha=1.0)
+
+
+@lower.register
+def _(op: ops.Gelu, node: Node, to: Lowering) -> None:
+    to.add("Gelu", list(node.inputs), list(node.outputs), approximate="tanh")
+
+
+@lower.register
+def _(op: ops.Glu, node: Node, to: Lowering) -> None:
+    (x,), (out,) = node.inputs, node.outputs
+    gate, up, active = (f"{out}.{part}" for part in ("gate", "up", "active"))
+    to.add("Split", [x], [gate, up], axis=-1, num_outputs=2)
+    activation = ops.Silu() if op.activation == "silu" else ops.Gelu()
+    lower(activation, Node(activation, (gate,), (active,)), to)
+    to.add("Mul", [active, up], [out])
+
+
+@lower.register
+def _(op: ops.RmsNorm, node: Node, to: Lowering) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    weight = to.float_weight(node.inputs[1])
+    if op.heads == 1:
+        to.add("RMSNormalization", [x, weight], [out], epsilon=op.eps)
+        return
+    size = to.graph.types[x].shape[-1]
+    assert isinstance(size, int)
+    split = to.constant(f"heads.{op.heads}", np.array([0, 0, op.heads, size // op.heads]))
+    to.add("Reshape", [x, split], [f"{out}.heads"])
+    to.add("RMSNormalization", [f"{out}.heads", weight], [f"{out}.normed"], epsilon=op.eps)
+    to.add("Reshape", [f"{out}.normed", to.constant("merged_heads", np.array([0, 0, -1]))], [out])
+
+
+@lower.register
+def _(op: ops.Embed, node: Node, to: Lowering) -> None:
+    ids, table = node.inputs
+    out = node.outputs[0]
+    stored = to.stored[table]
+    if isinstance(stored, StoredFloat):
+        tensor = to.external(
+            table, stored.data_type, tuple(map(int, to.graph.weight[table].type.shape)), stored.region
+        )
+        to.add("Gather", [tensor, ids], [f"{out}.rows"], axis=0)
+        to.add("Cast", [f"{out}.rows"], [out], to=TensorProto.FLOAT)
+        return
+    s = stored.storage
+    centred = out if stored.mins is None else f"{out}.centred"
+    codes, *rest = to.packed_inputs(table, stored, gather=True)
+    attributes = {"bits": s.bits, "block_size": s.block, "gather_axis": 0, "quantize_axis": 1}
+    to.add("GatherBlockQuantized", [codes, ids, *rest], [centred], MICROSOFT, **attributes)
+    if stored.mins is None:
+        return
+    blocked = to.constant(f"blocks.{s.block}", np.array([0, 0, -1, s.block]))
+    to.add("Gather", [to.mins(table, stored), ids], [f"{out}.mins"], axis=0)
+    to.add("Unsqueeze", [f"{out}.mins", to.constant("last_axis", np.array([-1]))], [f"{out}.min_blocks"])
+    to.add("Reshape", [centred, blocked], [f"{out}.blocks"])
+    to.add("Sub", [f"{out}.blocks", f"{out}.min_blocks"], [f"{out}.decoded"])
+    to.add("Reshape", [f"{out}.decoded", to.constant("merged_heads", np.array([0, 0, -1]))], [out])
+
+
+@lower.register
+def _(op: ops.MatMul, node: Node, to: Lowering) -> None:
+    x, weight, *bias = node.inputs
+    out = node.outputs[0]
+    product = f"{out}.product" if bias else out
+    to.add("FusedMatMul", [x, to.float_weight(weight)], [product], MICROSOFT, transB=1)
+    if bias:
+        to.add("Add", [product, to.float_weight(bias[0])], [out])
+
+
+@lower.register
+def _(op: ops.DequantMatMul, node: Node, to: Lowering) -> None:
+    x, name, *bias = node.inputs
+    out = node.outputs[0]
+    weight = to.stored[name]
+    assert isinstance(weight, StoredPacked)
+    s = weight.storage
+    product = out if weight.mins is None else f"{out}.product"
+    inputs = [x, *to.packed_inputs(name, weight, gather=False)]
+    if bias:
+        inputs += [""] * (5 - len(inputs)) + [to.float_weight(bias[0])]
+    to.add(
+        "MatMulNBits",
+        inputs,
+        [product],
+        MICROSOFT,
+        K=weight.columns,
+        N=weight.rows,
+        bits=s.bits,
+        block_size=s.block,
+        accuracy_level=to.accuracy_level,
+    )
+    if weight.mins is None:
+        return
+    sums = to.block_sums(x, s.block)
+    to.add("FusedMatMul", [sums, to.mins(name, weight)], [f"{out}.offset"], MICROSOFT, transB=1, alpha=-1.0)
+    to.add("Add", [product, f"{out}.offset"], [out])
+
+
+@lower.register
+def _(op: ops.Split, node: Node, to: Lowering) -> None:
+    sizes = to.constant(f"sizes.{'.'.join(map(str, op.sizes))}", np.array(op.sizes))
+    to.add("Split", [*node.inputs, sizes], list(node.outputs), axis=-1)
+
+
+@lower.register
+def _(op: ops.SelectRows, node: Node, to: Lowering) -> None:
+    to.add("Gather", list(node.inputs), list(node.outputs), axis=1)
+
+
+@lower.register
+def _(op: ops.GroupQueryAttention, node: Node, to: Lowering) -> None:
+    q, k, v, key_cache, value_cache, _, *factors = node.inputs
+    kv_heads = to.graph.types[key_cache].shape[1]
+    attributes: dict[str, Any] = {"num_heads": op.heads, "kv_num_heads": kv_heads, "scale": op.scale}
+    tables = []
+    if op.rope is not None:
+        tables = to.rope_tables(op.rope, *factors)
+        attributes |= {"do_rotary": 1, "rotary_interleaved": int(op.rope.interleaved)}
+    if op.window is not None:
+        attributes |= {"local_window_size": op.window, "sliding_window_cache": int(op.layout == "ring")}
+    inputs = [q, k, v, key_cache, value_cache, *to.lengths(), *tables]
+    to.add("GroupQueryAttention", inputs, list(node.outputs), MICROSOFT, **attributes)
+
+
+def _values(node: Node, to: Lowering) -> list[str]:
+    return [to.float_weight(name) if name in to.stored else name for name in node.inputs]

@@ -1,0 +1,67 @@
+"""The whole ONNX model: its interface, its nodes, and its initializers.
+
+The interface follows the convention of onnxruntime-genai: ``input_ids``, ``attention_mask`` (ones, as long as past
+and new tokens together), ``past_key_values.N.key/value`` and ``present.N.key/value`` (bind both to one buffer). One
+more input has a default: ``logit_rows``, the tokens whose logits are wanted, ``[-1]`` unless it is fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from rlxc.backends.onnx.external import WeightsFile
+from rlxc.backends.onnx.lower import MICROSOFT, Lowering, ReadFloats, lower
+from rlxc.backends.onnx.weights import Stored
+from rlxc.dtypes import DType
+from rlxc.ir import Graph, TensorType
+
+OPSET = 23
+IR_VERSION = 11
+
+_TYPES = {DType.F32: TensorProto.FLOAT, DType.I32: TensorProto.INT32, DType.I64: TensorProto.INT64}
+
+
+def build_model(
+    graph: Graph,
+    stored: Mapping[str, Stored],
+    file: WeightsFile,
+    read_floats: ReadFloats,
+    *,
+    int8: bool,
+    context: int,
+) -> ModelProto:
+    """Lower a scheduled graph to an ONNX model whose weights lie in ``file``.
+
+    Args:
+        graph: the graph after the ONNX target's passes.
+        stored: where each weight lies.
+        file: the weights file; position tables are appended to it.
+        read_floats: gives small f32 weights (rope factors), which become part of those tables.
+        int8: whether matrix products may quantise activations to int8; otherwise they stay f32.
+        context: number of positions.
+
+    Raises:
+        UnsupportedError: an op has no ONNX equivalent.
+    """
+    to = Lowering(graph, stored, file, read_floats, int8=int8, context=context)
+    for node in graph.nodes:
+        lower(node.op, node, to)
+    inputs = []
+    for value in graph.inputs:
+        if value.name == "past_length":
+            inputs.append(_value_info("attention_mask", TensorType(DType.I64, ("batch", "total"))))
+            continue
+        inputs.append(_value_info(value.name, value.type))
+    if any(value.name == "logit_rows" for value in graph.inputs):
+        to.initializers["logit_rows"] = numpy_helper.from_array(np.array([-1]), "logit_rows")
+    outputs = [_value_info(name, graph.types[name]) for name in graph.outputs]
+    proto = helper.make_graph(to.nodes, graph.name, inputs, outputs, list(to.initializers.values()))
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rlxc")
+
+
+def _value_info(name: str, type_: TensorType) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, _TYPES[type_.dtype], list(type_.shape))

@@ -1,0 +1,412 @@
+"""The ``rlxc`` command. Results go to stdout; progress, notes and errors go to stderr.
+
+Exit codes: 0 done, 1 an error that rlxc or the system reports, 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import rlxc
+from rlxc.cli.terminal import in_one_line, lines, megabytes, note, outline, progress_bars, rate, show
+from rlxc.errors import ArtifactError, ContextError, RlxcError, SessionError
+
+if TYPE_CHECKING:
+    from rlxc.runtime import Session
+
+# Other modules are imported by the commands that need them: `rlxc --help` should not wait for a compiler.
+
+DEFAULT_CONTEXT = 4096
+
+
+class Backend(str, Enum):
+    """What an artifact runs on."""
+
+    onnx = "onnx"
+
+
+class Activations(str, Enum):
+    """How activations are represented where they meet packed weights."""
+
+    int8 = "int8"
+    float32 = "float32"
+
+
+class _Commands(TyperGroup):
+    """Runs a command and turns the errors it reports into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough: typer ends quietly
+        except (RlxcError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            note(f"error: {in_one_line(error)}")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            note("interrupted")
+            raise typer.Exit(130) from None
+        return result
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A .gguf file.", show_default=False)]
+Runnable = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="An artifact, or a .gguf file, which is compiled first and kept in ~/.cache/rlxc (or $RLXC_CACHE).",
+        show_default=False,
+    ),
+]
+Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that the KV cache holds.")]
+GgufContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Tokens that the KV cache holds; for a .gguf file only.",
+        show_default=str(DEFAULT_CONTEXT),
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="all cores")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Say on stderr what each pass did, and why not.")]
+MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens to generate.")]
+Temperature = Annotated[
+    float, typer.Option("--temp", min=0, help="Temperature; 0 always takes the best token.")
+]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Choose among the k best tokens; 0 among all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0, max=1, help="... among the best with this probability in sum.")
+]
+MinP = Annotated[
+    float, typer.Option("--min-p", min=0, max=1, help="... among those this fraction as likely as the best.")
+]
+Penalty = Annotated[
+    float, typer.Option("--repetition-penalty", min=0.01, help="Above 1 makes repetition less likely.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Makes sampling repeatable.", show_default="random")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Stop before this text; may be given several times.")
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal cannot show, or sends as broken UTF-8, is no reason to stop.
+            stream.reconfigure(errors="replace")
+    app(prog_name="rlxc")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rlxc {rlxc.__version__}", flush=True)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Compile language models into self-contained artifacts, and run them."""
+
+
+@app.command("compile")
+def _compile(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The artifact to write.", show_default=False)
+    ],
+    backend: Annotated[Backend, typer.Option(help="What the artifact runs on.")] = Backend.onnx,
+    target: Annotated[str, typer.Option(help="The machine it runs on; native is this one.")] = "native",
+    activations: Annotated[
+        Activations, typer.Option(help="int8 is fast, float32 the exact reference.")
+    ] = Activations.int8,
+    context: Context = DEFAULT_CONTEXT,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
+    trace: Trace = False,
+) -> None:
+    """Compile a model into an artifact.
+
+    \b
+    Example:
+      rlxc compile gemma-3-270m.gguf -o gemma.rlx --context 8192
+    """
+    if os.path.lexists(output) and not force:
+        raise ArtifactError(
+            "exists already", source=output, remedy="replace it with --force, or give another path"
+        )
+    started = time.perf_counter()
+    with progress_bars() as progress:
+        artifact = rlxc.compile(
+            model,
+            output,
+            backend=backend.value,
+            target=target,
+            activations=activations.value,
+            context=context,
+            overwrite=force,
+            progress=progress,
+            trace=note if trace else None,
+        )
+    size = sum(entry.size for entry in artifact.manifest.files.values())
+    print(f"{output}: {megabytes(size)}, context {context}, in {time.perf_counter() - started:.1f} s")
+
+
+@app.command("run")
+def _run(
+    model: Runnable,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to go on from.", show_default=False)
+    ],
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print token counts and speed to stderr.")] = False,
+    threads: Threads = None,
+    context: GgufContext = None,
+) -> None:
+    """Continue a text.
+
+    \b
+    Example:
+      rlxc run gemma.rlx "The capital of France is" -n 32 --temp 0.7 --top-p 0.9
+    """
+    artifact = _artifact_of(model, context)
+    started = time.perf_counter()
+    with rlxc.load(artifact, threads=threads) as session:
+        ids = session.tokenizer.encode(prompt)
+        loaded = time.perf_counter()
+        completion = show(
+            session.stream(
+                ids,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                stop=stop or (),
+            )
+        )
+    if stats:
+        count = len(completion.ids)
+        note(f"load: {loaded - started:.2f} s")
+        note(f"prompt: {len(ids)} tokens, {rate(len(ids), completion.prefill_seconds)}")
+        note(f"generated: {count} tokens, {rate(count - 1, completion.decode_seconds)}")
+
+
+@app.command("chat")
+def _chat(
+    model: Runnable,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    threads: Threads = None,
+    context: GgufContext = None,
+) -> None:
+    """Talk with a model, a line at a time; /reset starts anew, /exit or Ctrl-D ends.
+
+    \b
+    Example:
+      rlxc chat gemma.rlx --temp 0.7
+      echo "Name three colours." | rlxc chat gemma.rlx
+    """
+    with rlxc.load(_artifact_of(model, context), threads=threads) as session:
+        if session.chat_template is None:
+            remedy = 'let it go on from a text: rlxc run MODEL "text"'
+            raise SessionError("the model has no chat template", source=model, remedy=remedy)
+        messages: list[dict[str, str]] = []
+        for line in lines():
+            if line == "/exit":
+                break
+            if line == "/reset":
+                messages.clear()
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                stream = session.stream(
+                    _prompt_ids(session, session.chat_template.render(messages)),
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                    repetition_penalty=repetition_penalty,
+                    seed=seed,
+                    stop=stop or (),
+                )
+            except ContextError as error:
+                full = f"the conversation no longer fits the context of {session.context} tokens"
+                if not sys.stdin.isatty():
+                    raise ContextError(full, source=model, remedy="send /reset to start anew") from error
+                note(f"{full}; /reset starts anew")
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": show(stream).text})
+
+
+@app.command("bench")
+def _bench(
+    model: Runnable,
+    prompt_tokens: Annotated[
+        int, typer.Option("-p", "--prompt-tokens", min=1, help="Tokens to prefill.")
+    ] = 512,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Tokens to decode.")] = 64,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Measurements of each.")] = 5,
+    threads: Threads = None,
+    context: GgufContext = None,
+    as_json: Json = False,
+) -> None:
+    """Measure tokens per second: prefill and decode, each from an empty context, after a warm-up.
+
+    \b
+    Example:
+      rlxc bench gemma.rlx -p 512 -n 64 -r 5 --threads 2
+    """
+    report: dict[str, Any] = {"model": str(model), "threads": threads, "repetitions": repetitions}
+    with rlxc.load(_artifact_of(model, context), threads=threads) as session, progress_bars() as progress:
+        numbers = random.Random(0)
+        ids = [numbers.randrange(session.vocab_size) for _ in range(max(prompt_tokens, max_tokens))]
+
+        def prefill() -> None:
+            session.prefill(ids[:prompt_tokens])
+
+        def decode() -> None:
+            for token_id in ids[:max_tokens]:
+                session.decode(token_id)
+
+        for stage, work, count in (("prefill", prefill, prompt_tokens), ("decode", decode, max_tokens)):
+            rates = []
+            for i in range(repetitions + 1):
+                session.reset()
+                started = time.perf_counter()
+                work()
+                rates.append(count / (time.perf_counter() - started))
+                if progress:
+                    progress(stage, i + 1, repetitions + 1)
+            del rates[0]  # the warm-up
+            spread = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+            report[stage] = {"tokens": count, "tokens_per_second": spread}
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for stage in ("prefill", "decode"):
+        spread = report[stage]["tokens_per_second"]
+        print(
+            f"{stage:8}{report[stage]['tokens']:6} tokens {spread['median']:10.1f} tokens/s"
+            f"   ({spread['min']:.1f} to {spread['max']:.1f} in {repetitions})"
+        )
+
+
+@app.command("inspect")
+def _inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A .gguf file or an artifact.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what a model file or an artifact holds.
+
+    \b
+    Example:
+      rlxc inspect gemma-3-270m.gguf
+      rlxc inspect gemma.rlx --json
+    """
+    facts = rlxc.inspect(path).to_dict()
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(outline(facts)))
+
+
+@app.command("graph")
+def _graph(
+    model: Model,
+    after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Stop after this pass.", show_default="the last one")
+    ] = None,
+    context: Context = DEFAULT_CONTEXT,
+    trace: Trace = False,
+) -> None:
+    """Print the graph of a model as IR text.
+
+    \b
+    Example:
+      rlxc graph gemma-3-270m.gguf --after fuse_qkv
+    """
+    from rlxc.compiler import lower
+
+    print(lower(model, context=context, after=after, trace=note if trace else None), end="")
+
+
+def _artifact_of(model: Path, context: int | None) -> Path:
+    """The artifact to run: `model` itself, or for a GGUF file one that is compiled once and kept."""
+    if not (model.is_file() or model.suffix == ".gguf"):
+        if context is not None:
+            raise typer.BadParameter(
+                "an artifact has the context it was compiled with", param_hint="--context"
+            )
+        return model
+    from rlxc.weights import open_gguf
+
+    context = DEFAULT_CONTEXT if context is None else context
+    with open_gguf(model) as file:
+        key = json.dumps([rlxc.__version__, file.fingerprint(), context])
+    cache = Path(os.environ.get("RLXC_CACHE") or Path.home() / ".cache" / "rlxc")
+    artifact = cache / f"{model.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.rlx"
+    if not artifact.exists():
+        note(f"compiling {model} into {artifact}, once")
+        cache.mkdir(parents=True, exist_ok=True)
+        with progress_bars() as progress:
+            # Another process may finish the same artifact first: replacing it is harmless.
+            rlxc.compile(model, artifact, context=context, overwrite=True, progress=progress)
+    return artifact
+
+
+def _prompt_ids(session: Session, prompt: str) -> list[int]:
+    """The ids of a rendered conversation: most templates write the begin token themselves, once is enough."""
+    tokenizer = session.tokenizer
+    begun = tokenizer.bos_id is not None and prompt.startswith(tokenizer.piece(tokenizer.bos_id))
+    return tokenizer.encode(prompt, add_special=not begun)

@@ -1,0 +1,104 @@
+"""What the commands show and read on a terminal or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rlxc.errors import RlxcError
+
+if TYPE_CHECKING:
+    from rlxc.runtime import Completion, Stream
+
+LONGEST_VALUE = 100  # characters of a value that `outline` shows
+
+
+def show(stream: Stream) -> Completion:
+    """Print a text while it is generated."""
+    for piece in stream:
+        print(piece.text, end="", flush=True)
+    print()
+    return stream.completion()
+
+
+def lines() -> Iterator[str]:
+    """What the user types or pipes in, line by line; only a terminal gets a prompt."""
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Something to report progress to, shown as bars on stderr; None where nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def outline(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Facts as lines of names and values, nested ones indented, a record in a list on a line of its own."""
+    shown = {_plain(name): value for name, value in facts.items()}
+    width = max(map(len, shown), default=0) + 2
+    for name, value in shown.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}"
+            yield from outline(value, indent + "  ")
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            yield f"{indent}{name}"
+            for record in value:
+                yield indent + "  " + ", ".join(f"{key} {_plain(entry)}" for key, entry in record.items())
+        else:
+            yield f"{indent}{name:{width}}{_plain(value)}"
+
+
+def _plain(value: object) -> str:
+    """A value from a file on one short line, without anything that a terminal would obey."""
+    text = str(value)
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def note(text: str) -> None:
+    """Print a line that is no result."""
+    print(text, file=sys.stderr)
+
+
+def in_one_line(error: RlxcError | OSError) -> str:
+    """An error as its user reads it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes, readable."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Tokens per second; nothing can be said where no time was measured."""
+    return f"{tokens / seconds:.1f} tokens/s" if seconds > 0 else "- tokens/s"

@@ -1,0 +1,35 @@
+"""Element types of tensors: plain ones, and the packed block formats of GGUF."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class DType(str, Enum):
+    """The type of a tensor's elements; its value is the spelling in IR text."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    I32 = "i32"
+    I64 = "i64"
+    BOOL = "bool"
+
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+    Q5_0 = "q5_0"
+    Q5_1 = "q5_1"
+    Q8_0 = "q8_0"
+    Q2_K = "q2_k"
+    Q3_K = "q3_k"
+    Q4_K = "q4_k"
+    Q5_K = "q5_k"
+    Q6_K = "q6_k"
+
+    @property
+    def is_packed(self) -> bool:
+        """True for block formats, whose bytes only ``DequantMatMul`` and ``Embed`` can read."""
+        return self.value.startswith("q")
+
+    def __str__(self) -> str:
+        return self.value

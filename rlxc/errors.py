@@ -1,0 +1,81 @@
+"""Every error that rlxc raises on purpose.
+
+    RlxcError
+    ├── FormatError        a file is damaged, truncated or not what its name says
+    ├── UnsupportedError   a file is sound, but uses something rlxc does not implement
+    ├── ModelError         tensors or metadata do not make up the model they claim to be
+    ├── WeightError        the weight registry was asked for something inconsistent
+    ├── GraphError         a graph is malformed
+    │   ├── VerifyError    ... and the verifier names the pass, the node and its inputs
+    │   └── ParseError     ... and the text cannot be read, with its line
+    ├── OptionError        an option has a value outside its range
+    ├── ArtifactError      an artifact cannot be written, or is not what its manifest says
+    └── SessionError       a session was asked for something it cannot do
+        └── ContextError   ... because the context is full
+
+An error says in one line where the problem is, what it is and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class RlxcError(Exception):
+    """Base of all rlxc errors: ``source: problem; remedy`` in one line.
+
+    Args:
+        problem: what is wrong, with the offending field and value.
+        source: the file, tensor, option or pass where it is wrong.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, problem: str, *, source: object = None, remedy: str = "") -> None:
+        self.problem = problem
+        self.source = source
+        self.remedy = remedy
+        where = "" if source is None else f"{source}: "
+        then = f"; {remedy}" if remedy else ""
+        super().__init__(f"{where}{problem}{then}")
+
+
+class FormatError(RlxcError):
+    """A file is damaged, truncated or not what its name says."""
+
+
+class UnsupportedError(RlxcError):
+    """A file is sound, but uses something rlxc does not implement."""
+
+
+class ModelError(RlxcError):
+    """Tensors or metadata do not make up the model they claim to be."""
+
+
+class WeightError(RlxcError):
+    """The weight registry was asked for something inconsistent."""
+
+
+class GraphError(RlxcError):
+    """A graph is malformed."""
+
+
+class VerifyError(GraphError):
+    """A graph breaks an invariant of the IR."""
+
+
+class ParseError(GraphError):
+    """IR text cannot be read."""
+
+
+class OptionError(RlxcError):
+    """An option has a value outside its range."""
+
+
+class ArtifactError(RlxcError):
+    """An artifact cannot be written, or is not what its manifest says."""
+
+
+class SessionError(RlxcError):
+    """A session was asked for something it cannot do."""
+
+
+class ContextError(SessionError):
+    """The context is full."""

@@ -1,0 +1,24 @@
+"""The graph IR: ops with shape rules, a verifier, a text form, and a numpy interpreter as the oracle."""
+
+from rlxc.ir.graph import Alias, Concat, Dim, Graph, Node, Recipe, Source, TensorType, Value, Weight
+from rlxc.ir.rope import RopeSpec, Yarn
+from rlxc.ir.text import parse, show
+from rlxc.ir.verify import verify
+
+__all__ = [
+    "Alias",
+    "Concat",
+    "Dim",
+    "Graph",
+    "Node",
+    "Recipe",
+    "RopeSpec",
+    "Source",
+    "TensorType",
+    "Value",
+    "Weight",
+    "Yarn",
+    "parse",
+    "show",
+    "verify",
+]

@@ -1,0 +1,157 @@
+"""The graph: immutable, in SSA form, with weights that are recipes rather than bytes.
+
+A graph is a list of nodes in execution order. A value is named once, by a graph input or by the one node that
+produces it. Weights share the values' namespace; text marks values with ``%`` and weights with ``@``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Union
+
+from rlxc.dtypes import DType
+from rlxc.errors import GraphError
+
+if TYPE_CHECKING:
+    from rlxc.ir.ops import Op
+
+Dim = Union[int, str]
+"""A dimension: a number, or the name of a symbolic one (``batch``, ``seq``, ``past``)."""
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Element type and shape; weights are always ``[out, in]``."""
+
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A named graph input."""
+
+    name: str
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class Source:
+    """The bytes of one tensor of the model file, as they are."""
+
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Alias:
+    """The same matrix as another weight of the graph (tied embeddings)."""
+
+    target: str
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Weights stacked along ``out``; a part whose format widens exactly to the whole's keeps its codes."""
+
+    parts: tuple[Weight, ...]
+
+
+Recipe = Union[Source, Alias, Concat]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight and how to obtain it; its bytes are read when a backend writes the artifact."""
+
+    name: str
+    type: TensorType
+    recipe: Recipe
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors of the model file that the recipe reads; an alias reads none of its own."""
+        match self.recipe:
+            case Source(tensor):
+                return (tensor,)
+            case Alias():
+                return ()
+            case Concat(parts):
+                return tuple(tensor for part in parts for tensor in part.tensors)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One application of an op to named inputs, giving named outputs."""
+
+    op: Op
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole model step. ``inputs`` and ``outputs`` are its interface, ``nodes`` are in execution order."""
+
+    name: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    weights: tuple[Weight, ...]
+
+    @cached_property
+    def weight(self) -> Mapping[str, Weight]:
+        """Weights by name."""
+        return {w.name: w for w in self.weights}
+
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """The node that produces each value; graph inputs and weights have none."""
+        return {name: node for node in self.nodes for name in node.outputs}
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[Node, ...]]:
+        """The nodes that read each value or weight, in execution order, each once."""
+        users: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                users.setdefault(name, []).append(node)
+        return {name: tuple(nodes) for name, nodes in users.items()}
+
+    @cached_property
+    def types(self) -> Mapping[str, TensorType]:
+        """The type of every input, weight and value, by the ops' shape rules.
+
+        Raises:
+            GraphError: a name is unknown or defined twice, or a shape rule refuses its inputs.
+        """
+        types = {value.name: value.type for value in self.inputs}
+        types.update({weight.name: weight.type for weight in self.weights})
+        for node in self.nodes:
+            unknown = [name for name in node.inputs if name not in types]
+            if unknown:
+                raise GraphError(f"{node.op.name} reads {unknown[0]!r}, which nothing before it defines")
+            results = node.op.infer(tuple(types[name] for name in node.inputs))
+            if len(results) != len(node.outputs):
+                raise GraphError(
+                    f"{node.op.name} has {len(results)} results, its node names {len(node.outputs)}"
+                )
+            for name, result in zip(node.outputs, results):
+                if name in types:
+                    raise GraphError(f"{node.op.name} defines {name!r}, which is defined already")
+                types[name] = result
+        return types
+
+    def only_user(self, name: str) -> Node | None:
+        """The one node that reads `name`, or None if several do, none does, or it is a graph output."""
+        users = self.users.get(name, ())
+        return users[0] if len(users) == 1 and name not in self.outputs else None
+
+    def with_nodes(self, nodes: Iterable[Node], weights: Iterable[Weight] | None = None) -> Graph:
+        """This graph with other nodes, and with other weights where they are given."""
+        kept = self.weights if weights is None else tuple(weights)
+        return replace(self, nodes=tuple(nodes), weights=kept)

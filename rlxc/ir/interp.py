@@ -1,0 +1,273 @@
+"""The oracle: runs any graph in numpy, in float64, slowly and obviously right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import singledispatch
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.errors import GraphError
+from rlxc.ir import ops
+from rlxc.ir.graph import Alias, Concat, Graph, Source, Weight
+from rlxc.ir.rope import RopeSpec
+
+Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float64]
+ReadTensor = Callable[[str], npt.NDArray[np.float32]]
+"""Gives a tensor of the model file, decoded, by its name: ``f32 [out, in]`` or ``[n]``."""
+
+
+def run(graph: Graph, feeds: Mapping[str, Array], read: ReadTensor) -> dict[str, Array]:
+    """Run the graph once.
+
+    Args:
+        graph: the graph.
+        feeds: an array for every graph input; caches of an in-place layout are not modified.
+        read: gives the decoded tensors of the model file.
+
+    Returns:
+        The graph's outputs by name; floats are float64.
+
+    Raises:
+        GraphError: an input is missing, or a step writes more rows than a cache can take.
+    """
+    missing = [value.name for value in graph.inputs if value.name not in feeds]
+    if missing:
+        raise GraphError(f"no array for input %{missing[0]}", source=graph.name)
+    values: dict[str, Array] = {value.name: _widen(feeds[value.name]) for value in graph.inputs}
+    for node in graph.nodes:
+        inputs = [
+            values[n] if n in values else weight_array(graph, graph.weight[n], read) for n in node.inputs
+        ]
+        for name, result in zip(node.outputs, evaluate(node.op, inputs)):
+            values[name] = result
+    return {name: values[name] for name in graph.outputs}
+
+
+def weight_array(graph: Graph, weight: Weight, read: ReadTensor) -> Floats:
+    """A weight decoded by its recipe: ``f64 [out, in]`` or ``[n]``."""
+    match weight.recipe:
+        case Source(tensor):
+            return read(tensor).astype(np.float64)
+        case Alias(target):
+            return weight_array(graph, graph.weight[target], read)
+        case Concat(parts):
+            return np.concatenate([weight_array(graph, part, read) for part in parts])
+
+
+def evaluate(op: ops.Op, inputs: list[Array]) -> tuple[Array, ...]:
+    """The results of one op on arrays (floats as float64)."""
+    result = _evaluate(op, *inputs)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _widen(array: Array) -> Array:
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+@singledispatch
+def _evaluate(op: ops.Op, *inputs: Array) -> Array | tuple[Array, ...]:
+    raise GraphError(f"the interpreter does not know {op.name}")
+
+
+@_evaluate.register
+def _(op: ops.Constant) -> Array:
+    return np.asarray(op.value, np.float64)
+
+
+@_evaluate.register
+def _(op: ops.Add, a: Floats, b: Floats) -> Array:
+    return a + b
+
+
+@_evaluate.register
+def _(op: ops.Mul, a: Floats, b: Floats) -> Array:
+    return a * b
+
+
+@_evaluate.register
+def _(op: ops.Square, x: Floats) -> Array:
+    return x * x
+
+
+@_evaluate.register
+def _(op: ops.Sqrt, x: Floats) -> Array:
+    return np.sqrt(x)
+
+
+@_evaluate.register
+def _(op: ops.Rsqrt, x: Floats) -> Array:
+    return 1 / np.sqrt(x)
+
+
+@_evaluate.register
+def _(op: ops.Mean, x: Floats) -> Array:
+    return np.asarray(x.mean(-1, keepdims=True))
+
+
+def _silu(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        return np.asarray(x / (1 + np.exp(-x)))
+
+
+def _gelu(x: Floats) -> Floats:
+    return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+
+
+@_evaluate.register
+def _(op: ops.Silu, x: Floats) -> Array:
+    return _silu(x)
+
+
+@_evaluate.register
+def _(op: ops.Gelu, x: Floats) -> Array:
+    return _gelu(x)
+
+
+@_evaluate.register
+def _(op: ops.Glu, x: Floats) -> Array:
+    gate, up = np.split(x, 2, axis=-1)
+    return (_silu(gate) if op.activation == "silu" else _gelu(gate)) * up
+
+
+@_evaluate.register
+def _(op: ops.RmsNorm, x: Floats, weight: Floats) -> Array:
+    parts = x.reshape(*x.shape[:-1], op.heads, -1)
+    normed = parts / np.sqrt((parts * parts).mean(-1, keepdims=True) + op.eps) * weight
+    return np.asarray(normed.reshape(x.shape))
+
+
+@_evaluate.register
+def _(op: ops.AddRmsNorm, x: Floats, residual: Floats, weight: Floats) -> tuple[Array, ...]:
+    total = x + residual
+    return total / np.sqrt((total * total).mean(-1, keepdims=True) + op.eps) * weight, total
+
+
+@_evaluate.register
+def _(op: ops.Embed, ids: npt.NDArray[np.int64], table: Floats) -> Array:
+    return np.asarray(table[ids])
+
+
+@_evaluate.register(ops.MatMul)
+@_evaluate.register(ops.DequantMatMul)
+def _(op: ops.Op, x: Floats, weight: Floats, bias: Floats | None = None) -> Array:
+    return x @ weight.T if bias is None else x @ weight.T + bias
+
+
+@_evaluate.register
+def _(op: ops.Split, x: Array) -> tuple[Array, ...]:
+    return tuple(np.split(x, np.cumsum(op.sizes)[:-1], axis=-1))
+
+
+@_evaluate.register
+def _(op: ops.SelectRows, x: Array, rows: npt.NDArray[np.int64]) -> Array:
+    return x[:, rows]
+
+
+@_evaluate.register
+def _(op: ops.Positions, ids: npt.NDArray[np.int64], past: Array) -> Array:
+    length = int(past) if past.ndim == 0 else past.shape[2]
+    return np.broadcast_to(length + np.arange(ids.shape[1], dtype=np.int64), ids.shape)
+
+
+@_evaluate.register
+def _(op: ops.Rope, x: Floats, positions: npt.NDArray[np.int64], factors: Floats | None = None) -> Array:
+    return rotate(x, positions, op.heads, op.spec, factors)
+
+
+def rotate(
+    x: Floats, positions: npt.NDArray[np.int64], heads: int, spec: RopeSpec, factors: Floats | None
+) -> Floats:
+    """``x [B, S, heads * D]`` with every head rotated by its token's position ``[B, S]``."""
+    cos, sin = spec.angles(positions, None if factors is None else factors.astype(np.float32))
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    out = x.reshape(*x.shape[:2], heads, -1).copy()
+    half = spec.dim // 2
+    first = slice(0, spec.dim, 2) if spec.interleaved else slice(0, half)
+    second = slice(1, spec.dim, 2) if spec.interleaved else slice(half, spec.dim)
+    a, b = out[..., first].copy(), out[..., second].copy()
+    out[..., first] = a * cos - b * sin
+    out[..., second] = b * cos + a * sin
+    return out.reshape(x.shape)
+
+
+def _rows(new: Floats, kv_heads: int) -> Floats:
+    """``[B, S, K * D]`` as cache rows ``[B, K, S, D]``."""
+    return new.reshape(*new.shape[:2], kv_heads, -1).transpose(0, 2, 1, 3)
+
+
+@_evaluate.register
+def _(op: ops.KvAppend, past: Floats, new: Floats) -> Array:
+    return np.concatenate([past, _rows(new, past.shape[1])], axis=2)
+
+
+@_evaluate.register
+def _(op: ops.KvWrite, cache: Floats, new: Floats, past: Array) -> Array:
+    return _write(op.layout, cache, new, int(past))
+
+
+def _write(layout: str, cache: Floats, new: Floats, past: int) -> Floats:
+    capacity, step = cache.shape[2], new.shape[1]
+    if layout == "linear" and past + step > capacity:
+        raise GraphError(f"{past} + {step} rows do not fit a cache of {capacity}")
+    slots = (past + np.arange(step)) % capacity
+    written = cache.copy()
+    written[:, :, slots] = _rows(new, cache.shape[1])
+    return written
+
+
+@_evaluate.register
+def _(op: ops.KvRead, cache: Floats, new: Floats, past: Array) -> Array:
+    return _visible(cache, new.shape[1], int(past), op.window)
+
+
+def _visible(cache: Floats, step: int, past: int, window: int | None) -> Floats:
+    total = past + step
+    count = total if window is None else min(total, window + step - 1)
+    if count > cache.shape[2]:
+        raise GraphError(f"a step of {step} tokens needs {count} rows of a ring of {cache.shape[2]}")
+    return np.asarray(cache[:, :, np.arange(total - count, total) % cache.shape[2]])
+
+
+@_evaluate.register
+def _(op: ops.Attention, q: Floats, k: Floats, v: Floats) -> Array:
+    return _attend(q, k, v, op.heads, op.scale, op.window)
+
+
+def _attend(q: Floats, k: Floats, v: Floats, heads: int, scale: float, window: int | None) -> Floats:
+    group = heads // k.shape[1]
+    queries = _rows(q, heads)
+    keys, values = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = scale * queries @ keys.transpose(0, 1, 3, 2)
+    step, total = scores.shape[-2:]
+    age = (np.arange(step)[:, None] + total - step) - np.arange(total)
+    hidden = (age < 0) if window is None else (age < 0) | (age >= window)
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out = weights / weights.sum(-1, keepdims=True) @ values
+    return np.asarray(out.transpose(0, 2, 1, 3).reshape(q.shape))
+
+
+@_evaluate.register
+def _(
+    op: ops.GroupQueryAttention,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    key_cache: Floats,
+    value_cache: Floats,
+    past: Array,
+    factors: Floats | None = None,
+) -> tuple[Array, ...]:
+    if op.rope is not None:
+        positions = np.broadcast_to(int(past) + np.arange(q.shape[1], dtype=np.int64), q.shape[:2])
+        q = rotate(q, positions, op.heads, op.rope, factors)
+        k = rotate(k, positions, key_cache.shape[1], op.rope, factors)
+    key_cache = _write(op.layout, key_cache, k, int(past))
+    value_cache = _write(op.layout, value_cache, v, int(past))
+    window = op.window if op.layout == "ring" else None
+    keys = _visible(key_cache, q.shape[1], int(past), window)
+    values = _visible(value_cache, q.shape[1], int(past), window)
+    return _attend(q, keys, values, op.heads, op.scale, op.window), key_cache, value_cache

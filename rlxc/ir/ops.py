@@ -1,0 +1,457 @@
+"""Every op of the IR: its attributes (the dataclass fields), what it computes, and its shape rule.
+
+Shape letters: ``B`` batch, ``S`` tokens of this step, ``T`` tokens with a key, ``H`` heads, ``K`` key/value heads,
+``D`` head dim. Activations are ``f32[B, S, features]``; heads lie side by side in the last dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Union
+
+from rlxc.dtypes import DType
+from rlxc.errors import GraphError
+from rlxc.ir.graph import Dim, TensorType
+from rlxc.ir.rope import RopeSpec
+
+Types = tuple[TensorType, ...]
+
+
+@dataclass(frozen=True)
+class Op(ABC):
+    """What a node computes. Subclasses are frozen dataclasses whose fields are the op's attributes."""
+
+    arity: ClassVar[tuple[int, int]] = (1, 1)
+    """Smallest and largest number of inputs."""
+
+    @property
+    def name(self) -> str:
+        """The op's name in IR text."""
+        return type(self).__name__
+
+    def infer(self, inputs: Types) -> Types:
+        """The types of the results for these input types.
+
+        Raises:
+            GraphError: the op does not accept them.
+        """
+        low, high = self.arity
+        self.require(low <= len(inputs) <= high, f"takes {low} to {high} inputs, got {len(inputs)}")
+        return self.shape_rule(inputs)
+
+    @abstractmethod
+    def shape_rule(self, inputs: Types) -> Types:
+        """The types of the results, given the right number of inputs."""
+
+    def require(self, condition: bool, problem: str) -> None:
+        """Raise a GraphError naming this op unless the condition holds."""
+        if not condition:
+            raise GraphError(problem, source=self.name)
+
+
+def add_dims(a: Dim, b: Dim) -> Dim:
+    """The sum of two dimensions, symbolic where either is."""
+    return a + b if isinstance(a, int) and isinstance(b, int) else f"{a}+{b}"
+
+
+def _f32(*shape: Dim) -> TensorType:
+    return TensorType(DType.F32, shape)
+
+
+# --- constants and elementwise arithmetic -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Constant(Op):
+    """A small f32 constant: a scalar, or a vector from a tuple."""
+
+    arity = (0, 0)
+    value: Union[float, tuple[float, ...]]
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[]`` or ``f32[n]``."""
+        return (_f32(len(self.value)) if isinstance(self.value, tuple) else _f32(),)
+
+
+@dataclass(frozen=True)
+class Binary(Op):
+    """Elementwise arithmetic of two f32 tensors; the second may have fewer leading dimensions, or be a scalar."""
+
+    arity = (2, 2)
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of the larger input."""
+        a, b = sorted(inputs, key=lambda t: len(t.shape), reverse=True)
+        self.require(a.dtype is b.dtype is DType.F32, f"needs f32, got {a} and {b}")
+        tail = a.shape[len(a.shape) - len(b.shape) :]
+        fits = all(y in (x, 1) for x, y in zip(tail, b.shape))
+        self.require(fits, f"cannot broadcast {b} to {a}")
+        return (a,)
+
+
+@dataclass(frozen=True)
+class Add(Binary):
+    """``a + b``."""
+
+
+@dataclass(frozen=True)
+class Mul(Binary):
+    """``a * b``."""
+
+
+@dataclass(frozen=True)
+class Unary(Op):
+    """An elementwise function of one f32 tensor."""
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The input's shape."""
+        self.require(inputs[0].dtype is DType.F32, f"needs f32, got {inputs[0]}")
+        return inputs
+
+
+@dataclass(frozen=True)
+class Square(Unary):
+    """``x * x``."""
+
+
+@dataclass(frozen=True)
+class Sqrt(Unary):
+    """The square root."""
+
+
+@dataclass(frozen=True)
+class Rsqrt(Unary):
+    """``1 / sqrt(x)``."""
+
+
+@dataclass(frozen=True)
+class Silu(Unary):
+    """``x * sigmoid(x)``."""
+
+
+@dataclass(frozen=True)
+class Gelu(Unary):
+    """GELU in its tanh approximation: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``."""
+
+
+@dataclass(frozen=True)
+class Mean(Unary):
+    """The mean over the last dimension, which stays as 1."""
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``[..., 1]``."""
+        (x,) = super().shape_rule(inputs)
+        return (_f32(*x.shape[:-1], 1),)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RmsNorm(Op):
+    """``x / sqrt(mean(x^2) + eps) * weight``, over the last dimension or over each of its ``heads`` equal parts.
+
+    Inputs: x ``f32[..., N]``, weight ``f32[N / heads]``. Source: Zhang and Sennrich 2019.
+    """
+
+    arity = (2, 2)
+    eps: float
+    heads: int = 1
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of x."""
+        x, weight = inputs
+        self.require(x.dtype is weight.dtype is DType.F32, f"needs f32, got {x} and {weight}")
+        size = x.shape[-1]
+        self.require(
+            isinstance(size, int) and weight.shape == (size // self.heads,), f"weight {weight} for {x}"
+        )
+        return (x,)
+
+
+@dataclass(frozen=True)
+class AddRmsNorm(Op):
+    """The residual sum ``x + residual`` and its RMS norm, in one pass over memory.
+
+    Inputs: x and residual ``f32[..., N]``, weight ``f32[N]``. Results: norm, sum.
+    """
+
+    arity = (3, 3)
+    eps: float
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """Twice the shape of x."""
+        x, residual, weight = inputs
+        self.require(x == residual, f"residual {residual} for {x}")
+        self.require(weight.shape == x.shape[-1:], f"weight {weight} for {x}")
+        return (x, x)
+
+
+# --- matrices ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embed(Op):
+    """Rows of a table. Inputs: ids ``i64[B, S]``, table ``[vocab, N]`` of any format. Result: ``f32[B, S, N]``."""
+
+    arity = (2, 2)
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[B, S, N]``."""
+        ids, table = inputs
+        self.require(ids.dtype is DType.I64 and len(ids.shape) == 2, f"ids must be i64[B, S], got {ids}")
+        self.require(len(table.shape) == 2, f"table must be [vocab, N], got {table}")
+        return (_f32(*ids.shape, table.shape[1]),)
+
+
+@dataclass(frozen=True)
+class _Linear(Op):
+    """``y = x W^T + bias``. Inputs: x ``f32[..., in]``, weight ``[out, in]``, optional bias ``f32[out]``."""
+
+    arity = (2, 3)
+    packed: ClassVar[bool]
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[..., out]``."""
+        x, weight = inputs[:2]
+        self.require(x.dtype is DType.F32, f"x must be f32, got {x}")
+        self.require(weight.dtype.is_packed is self.packed, f"cannot read a weight of type {weight}")
+        self.require(len(weight.shape) == 2 and weight.shape[1] == x.shape[-1], f"weight {weight} for x {x}")
+        for bias in inputs[2:]:
+            self.require(bias == _f32(weight.shape[0]), f"bias {bias} for weight {weight}")
+        return (_f32(*x.shape[:-1], weight.shape[0]),)
+
+
+@dataclass(frozen=True)
+class MatMul(_Linear):
+    """``y = x W^T + bias`` with a float weight (f32, f16 or bf16)."""
+
+    packed = False
+
+
+@dataclass(frozen=True)
+class DequantMatMul(_Linear):
+    """``y = x W^T + bias`` with a packed weight, decoded on the way to the multiplication."""
+
+    packed = True
+
+
+@dataclass(frozen=True)
+class Split(Op):
+    """Cuts the last dimension into parts of these sizes."""
+
+    sizes: tuple[int, ...]
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """One result per size."""
+        (x,) = inputs
+        self.require(x.shape[-1] == sum(self.sizes), f"sizes {self.sizes} for {x}")
+        return tuple(TensorType(x.dtype, (*x.shape[:-1], size)) for size in self.sizes)
+
+
+@dataclass(frozen=True)
+class Glu(Op):
+    """A gated activation: ``act(gate) * up``, where x ``f32[..., 2 F]`` holds gate and up side by side.
+
+    ``activation`` is ``silu`` or ``gelu`` (tanh). Source: Shazeer 2020.
+    """
+
+    activation: str
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[..., F]``."""
+        (x,) = inputs
+        size = x.shape[-1]
+        self.require(self.activation in ("silu", "gelu"), f"unknown activation {self.activation!r}")
+        self.require(isinstance(size, int) and size % 2 == 0, f"needs an even last dimension, got {x}")
+        assert isinstance(size, int)
+        return (_f32(*x.shape[:-1], size // 2),)
+
+
+@dataclass(frozen=True)
+class SelectRows(Op):
+    """Chosen tokens of a step. Inputs: x ``f32[B, S, N]``, rows ``i64[R]`` (negative counts from the end)."""
+
+    arity = (2, 2)
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[B, R, N]``."""
+        x, rows = inputs
+        self.require(rows.dtype is DType.I64 and len(rows.shape) == 1, f"rows must be i64[R], got {rows}")
+        self.require(len(x.shape) == 3, f"x must be [B, S, N], got {x}")
+        return (_f32(x.shape[0], rows.shape[0], x.shape[2]),)
+
+
+# --- positions, cache and attention -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Positions(Op):
+    """Positions of this step's tokens: ``past + 0 .. past + S - 1``.
+
+    Inputs: ids ``i64[B, S]``, and the past: either its length ``i32[]`` or a cache ``f32[B, K, past, D]`` that holds it.
+    """
+
+    arity = (2, 2)
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``i64[B, S]``."""
+        ids, past = inputs
+        scalar = past == TensorType(DType.I32, ())
+        self.require(scalar or len(past.shape) == 4, f"past must be i32[] or a cache, got {past}")
+        return (TensorType(DType.I64, ids.shape),)
+
+
+@dataclass(frozen=True)
+class Rope(Op):
+    """Rotates each head by its position. Inputs: x ``f32[B, S, heads * D]``, positions, optional factors ``f32[dim/2]``."""
+
+    arity = (2, 3)
+    heads: int
+    spec: RopeSpec
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of x."""
+        x, positions = inputs[:2]
+        self.require(positions == TensorType(DType.I64, x.shape[:2]), f"positions {positions} for {x}")
+        size = x.shape[-1]
+        fits = isinstance(size, int) and size % self.heads == 0 and self.spec.dim <= size // self.heads
+        self.require(fits, f"{self.heads} heads with {self.spec.dim} rotated channels do not fit {x}")
+        for factors in inputs[2:]:
+            self.require(
+                factors == _f32(self.spec.dim // 2), f"factors {factors}, expected {self.spec.dim // 2}"
+            )
+        return (x,)
+
+
+@dataclass(frozen=True)
+class KvAppend(Op):
+    """A cache with this step's rows after the past ones, as a new value: the pure form that models emit.
+
+    Inputs: past ``f32[B, K, past, D]``, new ``f32[B, S, K * D]``. Result: ``f32[B, K, past + S, D]``.
+    """
+
+    arity = (2, 2)
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[B, K, past + S, D]``."""
+        past, new = inputs
+        batch, heads, length, dim = _cache_shape(self, past, new)
+        return (_f32(batch, heads, add_dims(length, new.shape[1]), dim),)
+
+
+@dataclass(frozen=True)
+class KvWrite(Op):
+    """Writes this step's rows into a fixed buffer, in place.
+
+    ``layout`` is ``linear`` (row = position) or ``ring`` (row = position mod capacity).
+    Inputs: cache ``f32[B, K, capacity, D]``, new ``f32[B, S, K * D]``, past length ``i32[]``. Result: the cache.
+    """
+
+    arity = (3, 3)
+    layout: str
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The cache's shape."""
+        cache, new, past = inputs
+        _cache_shape(self, cache, new)
+        _check_layout(self, self.layout, past)
+        return (cache,)
+
+
+@dataclass(frozen=True)
+class KvRead(Op):
+    """The rows of a cache that this step's tokens may see, oldest first.
+
+    All of them in a ``linear`` layout; in a ``ring`` the last ``window + S - 1``.
+    Inputs: cache ``f32[B, K, capacity, D]``, this step's rows ``f32[B, S, K * D]`` (for ``S``), past length ``i32[]``.
+    Result: ``f32[B, K, T, D]``.
+    """
+
+    arity = (3, 3)
+    layout: str
+    window: int | None = None
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[B, K, T, D]`` with a symbolic ``T``."""
+        cache, new, past = inputs
+        batch, heads, _, dim = _cache_shape(self, cache, new)
+        _check_layout(self, self.layout, past)
+        self.require(
+            (self.layout == "ring") is (self.window is not None), "a ring has a window, a linear cache none"
+        )
+        return (_f32(batch, heads, "visible", dim),)
+
+
+@dataclass(frozen=True)
+class Attention(Op):
+    """Causal grouped-query attention: ``softmax(scale * q k^T + mask) v``.
+
+    The last of the ``T`` keys belongs to the last of the ``S`` queries. With a ``window``, a query sees that many
+    keys, its own included. Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, K, T, D]``. Result: the shape of q.
+    Source: Ainslie et al. 2023.
+    """
+
+    arity = (3, 3)
+    heads: int
+    scale: float
+    window: int | None = None
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of q."""
+        q, k, v = inputs
+        self.require(k == v and len(k.shape) == 4, f"keys {k} and values {v} differ")
+        _check_heads(self, self.heads, q, k)
+        return (q,)
+
+
+@dataclass(frozen=True)
+class GroupQueryAttention(Op):
+    """Rope, cache write and read, and attention in one: what ONNX Runtime's op of that name does.
+
+    Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, S, K * D]``, key cache and value cache
+    ``f32[B, K, capacity, D]``, past length ``i32[]``, optional rope factors ``f32[dim/2]``.
+    Results: the attention's output (the shape of q), key cache, value cache.
+    """
+
+    arity = (6, 7)
+    heads: int
+    scale: float
+    layout: str
+    window: int | None = None
+    rope: RopeSpec | None = None
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shapes of q and of the two caches."""
+        q, k, v, key_cache, value_cache, past = inputs[:6]
+        self.require(k == v and key_cache == value_cache, "keys and values differ in shape")
+        _cache_shape(self, key_cache, k)
+        _check_layout(self, self.layout, past)
+        _check_heads(self, self.heads, q, key_cache)
+        return (q, key_cache, value_cache)
+
+
+def _cache_shape(op: Op, cache: TensorType, new: TensorType) -> tuple[Dim, ...]:
+    op.require(len(cache.shape) == 4 and len(new.shape) == 3, f"cache {cache} and new rows {new}")
+    batch, heads, _, dim = cache.shape
+    op.require(
+        isinstance(heads, int) and isinstance(dim, int), f"heads and head dim of {cache} must be numbers"
+    )
+    assert isinstance(heads, int) and isinstance(dim, int)
+    op.require(
+        new.shape[0] == batch and new.shape[2] == heads * dim, f"new rows {new} do not fit cache {cache}"
+    )
+    return cache.shape
+
+
+def _check_layout(op: Op, layout: str, past: TensorType) -> None:
+    op.require(layout in ("linear", "ring"), f"unknown layout {layout!r}")
+    op.require(past == TensorType(DType.I32, ()), f"past length must be i32[], got {past}")
+
+
+def _check_heads(op: Op, heads: int, q: TensorType, cache: TensorType) -> None:
+    kv_heads, dim = cache.shape[1], cache.shape[3]
+    assert isinstance(kv_heads, int) and isinstance(dim, int)
+    op.require(q.shape[-1] == heads * dim, f"q {q} does not hold {heads} heads of {dim}")
+    op.require(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads")

@@ -1,0 +1,213 @@
+"""GGUF files, mapped: header and tensor table are read at once, tensor bytes are borrowed from the mapping.
+
+Versions 2 and 3, little-endian, whole or split into shards.  Like every mapping, this one relies on its file:
+do not truncate a file that is open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from os import PathLike, fstat, stat_result
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.errors import FormatError, WeightError
+from rlxc.weights.gguf_header import DAMAGED, Header, MetaValue, StringArray, TensorInfo, quote, read_header
+
+__all__ = ["GgufFile", "MetaValue", "StringArray", "TensorInfo", "open_gguf"]
+
+_HASH_CHUNK = 1 << 20
+_SHARD_NAME = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    mapping: mmap.mmap
+    identity: tuple[int, ...]
+    header: Header
+
+
+class GgufFile:
+    """An open GGUF file, or all the shards of a split one; get one from `open_gguf`.
+
+    Attributes:
+        path: the file that was opened.
+        version: the GGUF version, 2 or 3.
+        alignment: bytes that tensor offsets are a multiple of.
+        metadata: the key-value pairs (of the first shard), in file order; they outlive `close`.
+        tensors: name to place, in file order.
+    """
+
+    def __init__(self, shards: Sequence[_Shard]) -> None:
+        self.path = shards[0].path
+        self.version = shards[0].header.version
+        self.alignment = shards[0].header.alignment
+        self.metadata: Mapping[str, MetaValue] = MappingProxyType(shards[0].header.metadata)
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for info in shard.header.tensors:
+                if info.name in tensors:
+                    raise FormatError(
+                        f"tensor {quote(info.name)} is also in another shard",
+                        source=shard.path,
+                        remedy=DAMAGED,
+                    )
+                tensors[info.name] = info
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self._mappings = [shard.mapping for shard in shards]
+        self._identities = [(shard.path, shard.identity) for shard in shards]
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, ``uint8 [nbytes]``: a read-only view of the mapping that outlives `close`.
+
+        Raises:
+            WeightError: there is no such tensor, or the file is closed.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise WeightError(
+                f"has no tensor {quote(name)}",
+                source=self.path,
+                remedy="list its tensors with `rlxc inspect`",
+            )
+        return np.frombuffer(self._mapped()[info.shard], np.uint8, info.nbytes, info.offset)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the bytes of the file, shard after shard.
+
+        Raises:
+            FormatError: a file is gone or has changed since it was opened.
+        """
+        digest = hashlib.sha256()
+        # Read, not mapped: hashing would fault in every page, which takes longer than the hash itself.
+        buffer = memoryview(bytearray(_HASH_CHUNK))
+        for path, identity in self._identities:
+            with _reading(path) as file:
+                if _identity(fstat(file.fileno())) != identity:
+                    raise FormatError("has changed since it was opened", source=path, remedy="open it again")
+                while count := file.readinto(buffer):
+                    digest.update(buffer[:count])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the mapping; it ends when the last view from `data` is gone."""
+        self._mappings = []
+
+    def __enter__(self) -> GgufFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _mapped(self) -> list[mmap.mmap]:
+        if not self._mappings:
+            raise WeightError("the file is closed", source=self.path, remedy="open it again")
+        return self._mappings
+
+
+def open_gguf(path: str | PathLike[str]) -> GgufFile:
+    """Map a GGUF file, and its other shards if it is the first of several.
+
+    Raises:
+        FormatError: a file is missing, damaged, truncated, or not the shard that it should be.
+        UnsupportedError: a file is big-endian, of version 1, or holds a type that rlxc does not implement.
+    """
+    first = _open_shard(Path(path), 0)
+    # Merged files say 0, whole ones nothing.
+    count = _split_number(first, "split.count") if "split.count" in first.header.metadata else 0
+    if count <= 1:
+        return GgufFile([first])
+    return GgufFile([first, *_other_shards(first, count)])
+
+
+def _other_shards(first: _Shard, count: int) -> list[_Shard]:
+    """Shards 2 to ``count``, found by their names beside the first."""
+    name = _SHARD_NAME.fullmatch(first.path.name)
+    stem = name["stem"] if name else "..."
+    start = f"{stem}-00001-of-{count:05d}.gguf"
+    number = _split_number(first, "split.no") + 1
+    if number != 1:
+        raise FormatError(f"is shard {number} of {count}", source=first.path, remedy=f"open {start} instead")
+    if first.path.name != start:
+        raise FormatError(
+            f"is shard 1 of {count}, but its name does not say so",
+            source=first.path,
+            remedy=f"rename it to {start}, and the other shards alike",
+        )
+    shards = []
+    for index in range(1, count):
+        path = first.path.with_name(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf")
+        if not path.exists():
+            raise FormatError(
+                f"shard {index + 1} of {count} is missing", source=path, remedy=f"put it beside {start}"
+            )
+        shard = _open_shard(path, index)
+        for key, expected in (("split.no", index), ("split.count", count)):
+            if _split_number(shard, key) != expected:
+                raise FormatError(
+                    f"{key} is {_split_number(shard, key)}, but its name makes it {expected}",
+                    source=path,
+                    remedy="put the shards of one model together",
+                )
+        shards.append(shard)
+    found = len(first.header.tensors) + sum(len(shard.header.tensors) for shard in shards)
+    promised = _split_number(first, "split.tensors.count")
+    if found != promised:
+        raise FormatError(
+            f"split.tensors.count is {promised}, but the {count} shards hold {found} tensors",
+            source=first.path,
+            remedy="put the shards of one model together",
+        )
+    return shards
+
+
+def _split_number(shard: _Shard, key: str) -> int:
+    value = shard.header.metadata.get(key)
+    if not isinstance(value, int):
+        raise FormatError(f"{key} is missing or not a number", source=shard.path, remedy=DAMAGED)
+    return value
+
+
+def _open_shard(path: Path, index: int) -> _Shard:
+    with _reading(path) as file:
+        identity = _identity(fstat(file.fileno()))
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _Shard(path, mapping, identity, read_header(path, mapping, index))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[FileIO]:
+    """A file that is there, regular and not empty, open to read."""
+    try:
+        # Looked at before opening, because opening a pipe would wait.
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+            raise FormatError(what, source=path, remedy="pass the path of a .gguf file")
+        if status.st_size == 0:
+            raise FormatError("is empty", source=path, remedy="download or convert it again")
+        with FileIO(path) as file:
+            yield file
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FormatError(
+            f"cannot be read: {why}", source=path, remedy="check the path and its permissions"
+        ) from error
+
+
+def _identity(status: stat_result) -> tuple[int, ...]:
+    """What stays the same while a file is neither replaced nor written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

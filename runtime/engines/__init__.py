@@ -1,0 +1,109 @@
+"""Engines run a compiled model step by step; each is imported only when an artifact needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.artifact import Artifact, Verification
+from rlxc.errors import SessionError
+
+
+class Cache(Protocol):
+    """The keys and values of one sequence, in buffers that the engine owns."""
+
+    @property
+    def position(self) -> int:
+        """The number of tokens held."""
+
+
+C = TypeVar("C", bound=Cache)
+
+
+class Engine(Protocol[C]):
+    """A loaded model, with its own kind of cache."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits of a row."""
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a cache can hold."""
+
+    @property
+    def max_step(self) -> int:
+        """The most tokens that one step can add."""
+
+    def new_cache(self) -> C:
+        """An empty cache."""
+
+    def step(
+        self, cache: C, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Run ``ids`` ``[S]`` after what ``cache`` holds, and append them to it.
+
+        Args:
+            cache: has room for the ids.
+            ids: 1 ... ``max_step`` tokens of the vocabulary.
+            rows: ``[R]``, the positions in ``ids`` whose logits are wanted.
+
+        Returns:
+            Logits ``[R, vocab]``, maybe a view that is valid until the next step.
+        """
+
+    def close(self) -> None:
+        """Release the model and all caches."""
+
+
+def _onnx(artifact: Artifact, threads: int) -> Engine[Any]:
+    from rlxc.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(artifact, threads)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How a backend's engine is made, the package that it needs, and the file that it loads as code."""
+
+    make: Callable[[Artifact, int], Engine[Any]]
+    package: str
+    code: str
+
+
+_ENGINES = {
+    "onnx": _Entry(_onnx, package="onnxruntime", code="model.onnx"),
+}
+
+
+def open_engine(artifact: Artifact, verification: Verification, threads: int) -> Engine[Any]:
+    """The engine for the artifact's backend, with the model loaded once its code is known to be intact.
+
+    Raises:
+        SessionError: no engine runs this backend, or its package is not installed.
+        ArtifactError: the compiled model is damaged.
+    """
+    backend = artifact.manifest.target.backend
+    if backend not in _ENGINES:
+        raise SessionError(
+            f"compiled for {backend!r}, which this rlxc cannot run",
+            source=artifact.path,
+            remedy="upgrade: pip install --upgrade rlxc",
+        )
+    entry = _ENGINES[backend]
+    artifact.file(entry.code)
+    verification.wait(entry.code)
+    try:
+        return entry.make(artifact, threads)
+    except ModuleNotFoundError as error:
+        if error.name != entry.package:
+            raise
+        raise SessionError(
+            f"the artifact runs on {entry.package}, which is not installed",
+            source=artifact.path,
+            remedy=f"pip install {entry.package}",
+        ) from error

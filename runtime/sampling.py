@@ -1,0 +1,190 @@
+"""Choosing the next token from a vector of logits.
+
+The filters and their order are llama.cpp's default chain: repetition penalty, top-k, top-p, min-p, temperature.
+So top-p and min-p look at the model's own distribution, and temperature flattens only what they left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlxc.errors import OptionError, SessionError
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the best token always.
+        top_k: keep the k best tokens; 0 keeps all.
+        top_p: keep the fewest best tokens that together have at least this probability; 1 keeps all.
+        min_p: keep tokens at least this fraction as probable as the best one; 0 keeps all.
+        repetition_penalty: divides positive logits of recent tokens and multiplies negative ones; 1 is off.
+        repetition_window: how many recent tokens count.
+        seed: of the random numbers; None takes a fresh one each time.
+
+    Raises:
+        OptionError: a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_window: int = 64
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every range."""
+        _check("temperature", self.temperature, (int, float), "0 or more", lambda v: 0 <= v < math.inf)
+        _check("top_k", self.top_k, int, "0 or more", lambda v: v >= 0)
+        _check("top_p", self.top_p, (int, float), "above 0 and at most 1", lambda v: 0 < v <= 1)
+        _check("min_p", self.min_p, (int, float), "from 0 to 1", lambda v: 0 <= v <= 1)
+        _check(
+            "repetition_penalty", self.repetition_penalty, (int, float), "above 0", lambda v: 0 < v < math.inf
+        )
+        _check("repetition_window", self.repetition_window, int, "0 or more", lambda v: v >= 0)
+        if self.seed is not None:
+            _check("seed", self.seed, int, "0 or more", lambda v: v >= 0)
+
+
+def _check(name: str, value: Any, kinds: type | tuple[type, ...], allowed: str, accept: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not accept(value):
+        raise OptionError(f"{name} is {value!r}; it must be {allowed}", source="sampling")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token and its log-probability, in nats.
+
+    The probability is the model's own: softmax of the raw logits, before any penalty, filter or temperature.
+    """
+
+    id: int
+    logprob: float
+
+
+class Sampler:
+    """Draws tokens; two samplers with the same options and a seed draw the same ones."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        """Starts the random numbers at ``options.seed``."""
+        self.options = options
+        self._random = np.random.Generator(np.random.PCG64(options.seed))
+
+    def sample(self, logits: Logits, history: Sequence[int] = ()) -> Choice:
+        """Returns the next token.
+
+        Args:
+            logits: float32 ``[vocab]``; minus infinity excludes a token.
+            history: ids before this position, oldest first, for the repetition penalty.
+
+        Raises:
+            SessionError: a logit is NaN or plus infinity, or all tokens are excluded.
+        """
+        options = self.options
+        if logits.ndim != 1 or not len(logits):
+            raise SessionError(f"logits have shape {logits.shape}, not [vocab]")
+        penalised = self._penalise(logits, history)
+        best = int(np.argmax(penalised))  # the lowest of equals; a NaN if there is one
+        if not math.isfinite(penalised[best]):
+            raise SessionError(f"logits have no finite maximum ({float(penalised[best])} at token {best})")
+        log_total = _log_sum_exp(logits)
+        chosen = best
+        if options.temperature > 0 and options.top_k != 1:
+            ids = self._candidates(penalised, best, log_total if penalised is logits else None)
+            chosen = self._draw(ids, penalised)
+        return Choice(chosen, float(logits[chosen]) - log_total)
+
+    def _penalise(self, logits: Logits, history: Sequence[int]) -> Logits:
+        options = self.options
+        if options.repetition_penalty == 1 or options.repetition_window == 0 or not len(history):
+            return logits
+        recent = np.unique(np.asarray(history[-options.repetition_window :], dtype=np.int64))
+        if recent[0] < 0 or recent[-1] >= len(logits):
+            raise SessionError(f"history holds ids outside the vocabulary of {len(logits)} tokens")
+        penalty = np.float32(options.repetition_penalty)
+        penalised = logits.copy()
+        values = logits[recent]
+        penalised[recent] = np.where(values > 0, values / penalty, values * penalty)
+        return penalised
+
+    def _candidates(self, logits: Logits, best: int, log_total: float | None) -> NDArray[np.int64] | None:
+        """Returns the ids that the filters leave; None if no filter is on."""
+        options = self.options
+        ids: NDArray[np.int64] | None = None
+        if 0 < options.top_k < len(logits):
+            ids = _top(logits, options.top_k)
+        if options.top_p < 1:
+            ids = self._nucleus(logits, ids, log_total)
+        if options.min_p > 0:
+            least = logits[best] + np.float32(math.log(options.min_p))
+            ids = np.flatnonzero(logits >= least) if ids is None else ids[logits[ids] >= least]
+        return ids
+
+    def _nucleus(
+        self, logits: Logits, ids: NDArray[np.int64] | None, log_total: float | None
+    ) -> NDArray[np.int64]:
+        top_p = self.options.top_p
+        if ids is None:
+            if log_total is None:
+                log_total = _log_sum_exp(logits)
+            # Tokens below (1 - p) / n add up to less than 1 - p: the nucleus holds none of them, so they
+            # need no sorting.
+            least = log_total + math.log1p(-top_p) - math.log(len(logits))
+            ids = np.flatnonzero(logits >= np.float32(least))
+        else:
+            log_total = _log_sum_exp(logits[ids])
+        ids = ids[np.argsort(-logits[ids], kind="stable")]
+        mass = np.cumsum(np.exp(logits[ids].astype(np.float64) - log_total))
+        return ids[: int(np.searchsorted(mass, top_p)) + 1]
+
+    def _draw(self, ids: NDArray[np.int64] | None, logits: Logits) -> int:
+        kept = logits if ids is None else logits[ids]
+        scale = 1.0 / max(self.options.temperature, 1e-30)  # finite in float32
+        with np.errstate(over="ignore"):  # to minus infinity: no weight
+            weights = np.exp((kept - kept.max()) * scale)
+        index = _pick(weights, self._random.random())
+        return index if ids is None else int(ids[index])
+
+
+def _pick(weights: Logits, uniform: float) -> int:
+    """Returns an index with probability proportional to its weight, given ``uniform`` in [0, 1)."""
+    # First a block, then an index in it: a running sum over a whole vocabulary takes 20 times as long.
+    block = 512
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), block), dtype=np.float64)
+    first, point = _land(blocks, uniform * float(blocks.sum()))
+    index, _ = _land(weights[first * block : (first + 1) * block], point)
+    return first * block + index
+
+
+def _land(weights: NDArray[Any], point: float) -> tuple[int, float]:
+    """Returns the index whose share of the running sum holds ``point``, and how far into it that is."""
+    mass = np.cumsum(weights, dtype=np.float64)
+    # Strictly below the total and searched from the right: a zero weight has no share to land in.
+    point = min(point, float(np.nextafter(mass[-1], 0.0)))
+    index = int(np.searchsorted(mass, point, side="right"))
+    return index, point - (float(mass[index - 1]) if index else 0.0)
+
+
+def _log_sum_exp(logits: Logits) -> float:
+    largest = logits.max()
+    return float(largest) + math.log(np.exp(logits - largest).sum(dtype=np.float64))
+
+
+def _top(logits: Logits, k: int) -> NDArray[np.int64]:
+    """Returns the ids of the ``k`` largest logits, the lowest ids where the last ones are equal."""
+    least = np.partition(logits, len(logits) - k)[len(logits) - k]
+    above = np.flatnonzero(logits > least)
+    equal = np.flatnonzero(logits == least)[: k - len(above)]
+    return np.union1d(above, equal)
