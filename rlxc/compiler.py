@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlxc import __version__
 from rlxc.artifact import (
     Artifact,
     ArtifactWriter,
@@ -107,7 +107,7 @@ def compile(
                     sink.write(tokenizer.chat_template.encode())
             tell("digests", 0, 1)
             manifest = Manifest(
-                rlxc=version("rlxc"),
+                rlxc=__version__,
                 model=ModelFacts(
                     architecture=result.graph.name,
                     name=_text(file.metadata, "general.name"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from time import sleep
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from rlxc.artifact import Artifact, Verification
 from rlxc.errors import ContextError, OptionError, SessionError
-from rlxc.runtime.engines import Cache, Engine, open_engine
+from rlxc.runtime.engines import Cache, Engine, find_engine
 from rlxc.runtime.sampling import Choice, Sampler, SamplingOptions
 from rlxc.runtime.stream import Completion, Stream
 from rlxc.runtime.threads import choose_threads
@@ -29,6 +30,8 @@ Ids = Sequence[int] | npt.NDArray[np.integer]
 Logits = npt.NDArray[np.float32]
 
 _SCORE_LOGITS = 1 << 25  # logits of one step of `score`: 128 MiB, enough rows to keep the matmuls busy
+
+_HEAD_START = 0.03  # seconds
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
@@ -50,9 +53,9 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session
     artifact = Artifact.open(path)
     verification = artifact.start_verification()
     try:
-        tokenizer = _read_tokenizer(artifact)
-        engine = open_engine(artifact, verification, threads)
-        return Session(artifact, engine, verification, tokenizer)
+        make_engine = find_engine(artifact, verification)
+        tokenizer = _start_reading_tokenizer(artifact)
+        return Session(artifact, make_engine(artifact, threads), verification, tokenizer)
     except BaseException:
         verification.close()
         raise
@@ -339,10 +342,16 @@ class Session:
         return array.astype(np.int64)
 
 
-def _read_tokenizer(artifact: Artifact) -> Future[Tokenizer]:
-    """Read the tokenizer in a thread: a large vocabulary takes as long as the model."""
+def _start_reading_tokenizer(artifact: Artifact) -> Future[Tokenizer]:
+    """Read the tokenizer in a thread: a large vocabulary takes longer than the model."""
     path, facts = artifact.file("tokenizer.json"), artifact.manifest.tokenizer
+
+    def read() -> Tokenizer:
+        # The library holds the GIL while it reads. Let the engine come to its own reading first, which does not.
+        sleep(_HEAD_START)
+        return Tokenizer(path, bos_id=facts.bos_id, eos_ids=facts.eos_ids)
+
     pool = ThreadPoolExecutor(1, thread_name_prefix="rlxc-tokenizer")
-    tokenizer = pool.submit(Tokenizer, path, bos_id=facts.bos_id, eos_ids=facts.eos_ids)
+    tokenizer = pool.submit(read)
     pool.shutdown(wait=False)
     return tokenizer

@@ -29,7 +29,7 @@ from rlxc.ir.rope import RopeSpec, Yarn
 _OPS: dict[str, type[ops.Op]] = {
     name: cls
     for name, cls in vars(ops).items()
-    if inspect.isclass(cls)
+    if isinstance(cls, type)
     and issubclass(cls, ops.Op)
     and not inspect.isabstract(cls)
     and not name.startswith("_")

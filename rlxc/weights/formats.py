@@ -53,7 +53,7 @@ class Bits:
         raw = blocks[:, self.offset : self.offset + self.nbytes].copy()
         if self.width == 8:
             return raw
-        words = raw.view(word).reshape(len(blocks), self.nbytes // self.run, -1)
+        words = raw.view(word).reshape(len(blocks), self.nbytes // self.run, self.run // word().nbytes)
         out = np.empty((*words.shape[:2], len(self.shifts), words.shape[2]), word)
         for s, shift in enumerate(self.shifts):
             out[:, :, s] = words >> word(shift) & mask

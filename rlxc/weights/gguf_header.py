@@ -209,6 +209,8 @@ class _Reader:
         pairs: dict[str, MetaValue] = {}
         for i in range(count):
             key = self.string(f"metadata key {i}")
+            if not key:  # what zeros read as
+                raise self.error(f"metadata key {i} is empty")
             if key in pairs:
                 raise self.error(f"metadata key {quote(key)} appears twice")
             pairs[key] = self.value(key)

@@ -202,9 +202,7 @@ class WeightRegistry:
                 remedy="remove the aliases first",
             )
         if self._pins[key]:
-            raise WeightError(
-                f"is pinned {self._pins[key]} times", source=key, remedy="release the pins first"
-            )
+            raise WeightError("is pinned", source=key, remedy="release the pins first")
         del self._weights[key], self._kinds[key]
 
     def pin(self, key: str) -> Pin:

@@ -60,32 +60,36 @@ class Engine(Protocol[C]):
         """Release the model and all caches."""
 
 
-def _onnx(artifact: Artifact, threads: int) -> Engine[Any]:
+MakeEngine = Callable[[Artifact, int], Engine[Any]]
+"""Loads the model of an artifact, to run with so many threads."""
+
+
+def _import_onnxruntime() -> MakeEngine:
     from rlxc.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(artifact, threads)
+    return OnnxRuntimeEngine
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """How a backend's engine is made, the package that it needs, and the file that it loads as code."""
+    """How a backend's engine is imported, the package that it needs, and the file that it loads as code."""
 
-    make: Callable[[Artifact, int], Engine[Any]]
+    load: Callable[[], MakeEngine]
     package: str
     code: str
 
 
 _ENGINES = {
-    "onnx": _Entry(_onnx, package="onnxruntime", code="model.onnx"),
+    "onnx": _Entry(_import_onnxruntime, package="onnxruntime", code="model.onnx"),
 }
 
 
-def open_engine(artifact: Artifact, verification: Verification, threads: int) -> Engine[Any]:
-    """The engine for the artifact's backend, with the model loaded once its code is known to be intact.
+def find_engine(artifact: Artifact, verification: Verification) -> MakeEngine:
+    """The engine for the artifact's backend, imported, once the compiled code is known to be intact.
 
     Raises:
         SessionError: no engine runs this backend, or its package is not installed.
-        ArtifactError: the compiled model is damaged.
+        ArtifactError: the compiled code is damaged.
     """
     backend = artifact.manifest.target.backend
     if backend not in _ENGINES:
@@ -98,7 +102,7 @@ def open_engine(artifact: Artifact, verification: Verification, threads: int) ->
     artifact.file(entry.code)
     verification.wait(entry.code)
     try:
-        return entry.make(artifact, threads)
+        return entry.load()
     except ModuleNotFoundError as error:
         if error.name != entry.package:
             raise

@@ -8,6 +8,7 @@ import onnxruntime as ort
 
 from rlxc.artifact import Artifact, KvPlan
 from rlxc.errors import SessionError
+from rlxc.runtime.engines.residency import release_mapped
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -59,6 +60,7 @@ class OnnxRuntimeEngine:
                 source=artifact.path,
                 remedy="update onnxruntime, or compile the model again",
             ) from None
+        release_mapped(artifact.file("weights.bin"))
 
     def new_cache(self) -> OnnxCache:
         """Buffers for one sequence."""

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -65,7 +66,7 @@ DAMAGED = {
     "version 0": (build(version=0), "version is 0"),
     "absurd tensor count": (build(n_tensors=2**62), "tensor count is 4611686018427387904"),
     "absurd metadata count": (build(n_pairs=2**64 - 1), "metadata count is 18446744073709551615"),
-    "more pairs than there are": (build([pair("a", Kind.UINT8, b"\1")], n_pairs=2), "metadata ''"),
+    "more pairs than there are": (build([pair("a", Kind.UINT8, b"\1")], n_pairs=2), "metadata key 1 is empty"),
     "key length past the end": (build([u64(2**63) + b"key"]), "metadata key 0"),
     "string length past the end": (build([pair("a", Kind.STRING, u64(1000))]), "metadata 'a'"),
     "absurd string length": (build([pair("a", Kind.STRING, u64(2**64 - 1))]), "metadata 'a'"),
@@ -281,7 +282,7 @@ def header_length(content: bytes) -> int:
     return content.index(b"Q4_0.weight") + 48
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=1500)
 @given(data=st.data())
 def test_flipped_bytes_are_refused_or_read_as_the_reference_does(mutant, typical_bytes, data):
     content = bytearray(typical_bytes)
@@ -296,7 +297,7 @@ INTERESTING = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=1500)
 @given(value=st.one_of(INTERESTING, st.integers(0, 2**64 - 1)), width=st.sampled_from([4, 8]), data=st.data())
 def test_spliced_integers_are_refused_or_read_as_the_reference_does(
     mutant, typical_bytes, value, width, data
@@ -306,7 +307,7 @@ def test_spliced_integers_are_refused_or_read_as_the_reference_does(
     check_as_the_reference_reads(mutant(typical_bytes[:place] + raw + typical_bytes[place + width :]))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=500)
 @given(data=st.data())
 def test_inserted_or_deleted_bytes_are_refused_or_read_as_the_reference_does(mutant, typical_bytes, data):
     start = data.draw(st.integers(0, header_length(typical_bytes)))
@@ -315,7 +316,7 @@ def test_inserted_or_deleted_bytes_are_refused_or_read_as_the_reference_does(mut
     check_as_the_reference_reads(mutant(typical_bytes[:start] + extra + typical_bytes[stop:]))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(content=st.binary(max_size=200))
 def test_noise_behind_a_valid_magic_is_refused_or_read_as_the_reference_does(mutant, content):
     check_as_the_reference_reads(mutant(b"GGUF" + u32(3) + content))
@@ -328,10 +329,8 @@ def test_huge_number_anywhere_in_the_header_allocates_little(mutant, typical_byt
         for place in range(4, header_length(typical_bytes)):
             path = mutant(typical_bytes[:place] + u64(value) + typical_bytes[place + 8 :])
             tracemalloc.reset_peak()
-            try:
+            with suppress(RlxcError):
                 open_gguf(path).close()
-            except RlxcError:
-                pass
             assert tracemalloc.get_traced_memory()[1] < MEMORY_BOUND, place
     finally:
         tracemalloc.stop()

@@ -1,0 +1,42 @@
+"""One matrix product for the gate and the input of a gated MLP."""
+
+from __future__ import annotations
+
+from rlxc.ir import Graph, Node
+from rlxc.ir.ops import DequantMatMul, Gelu, Glu, MatMul, Mul, Silu
+from rlxc.ir.target import TargetFeatures
+from rlxc.passes.base import NoMatch, Pass, PassResult
+from rlxc.passes.rewrite import Replacement, rewrite
+from rlxc.passes.stack import stack, why_not_stackable
+
+
+class FuseGatedMlp(Pass):
+    """``act(gate(x)) * up(x)`` becomes one product and a Glu, where the two weights' formats stack."""
+
+    def __init__(self, features: TargetFeatures) -> None:
+        self.features = features
+
+    def run(self, graph: Graph) -> PassResult:
+        """See the class."""
+        return rewrite(graph, self._rule) if self.features.glu else PassResult(graph, False)
+
+    def _rule(self, graph: Graph, node: Node) -> Replacement | NoMatch | None:
+        if not isinstance(node.op, Mul):
+            return None
+        for active_name, up_name in (node.inputs, node.inputs[::-1]):
+            active, up = graph.producer.get(active_name), graph.producer.get(up_name)
+            if active is None or up is None or not isinstance(active.op, (Silu, Gelu)):
+                continue
+            gate = graph.producer.get(active.inputs[0])
+            if gate is None or not all(isinstance(n.op, (DequantMatMul, MatMul)) for n in (gate, up)):
+                continue
+            reason = why_not_stackable(graph, (gate, up), self.features)
+            if any(graph.only_user(n.outputs[0]) is None for n in (gate, up, active)):
+                reason = "a part is also used elsewhere"
+            if reason is not None:
+                return NoMatch(f"gate and up stay apart: {reason}", node)
+            product, weights = stack(graph, f"{gate.outputs[0]}_up", (gate, up), self.features)
+            activation = "silu" if isinstance(active.op, Silu) else "gelu"
+            glu = Node(Glu(activation), product.outputs, node.outputs)
+            return Replacement((gate, up, active, node), (product, glu), weights=weights)
+        return None

@@ -1,0 +1,73 @@
+"""Picks the wanted tokens before the work on them, rather than after it."""
+
+from __future__ import annotations
+
+from rlxc.ir import Graph, Node
+from rlxc.ir.ops import (
+    Add,
+    AddRmsNorm,
+    DequantMatMul,
+    Gelu,
+    Glu,
+    MatMul,
+    Mul,
+    RmsNorm,
+    SelectRows,
+    Silu,
+    Split,
+)
+from rlxc.passes.base import Pass, PassResult
+
+_ROW_WISE = (Add, AddRmsNorm, DequantMatMul, Gelu, Glu, MatMul, Mul, RmsNorm, Silu, Split)
+
+
+class SelectRowsEarly(Pass):
+    """Moves SelectRows up through ops that treat every token alike, as far as all their users want the same rows.
+
+    After the last attention, only tokens whose logits are wanted go on: one of hundreds in a prefill.
+    """
+
+    def run(self, graph: Graph) -> PassResult:
+        """See the class."""
+        selections = [node for node in graph.nodes if isinstance(node.op, SelectRows)]
+        if len(selections) != 1:
+            return PassResult(graph, False)
+        (selection,) = selections
+        moved = self._movable(graph, selection)
+        if not moved:
+            return PassResult(graph, False)
+        x, rows = selection.inputs
+        names = {name: f"{name}.rows" for node in moved for name in node.outputs}
+        names[x] = selection.outputs[0]
+        nodes: list[Node] = []
+        for node in graph.nodes:
+            if node is selection:
+                continue
+            if id(node) not in {id(one) for one in moved}:
+                nodes.append(node)
+                continue
+            for name in node.inputs:
+                if name in names or len(graph.types[name].shape) != 3:
+                    continue
+                names[name] = f"{name}.rows"
+                nodes.append(Node(SelectRows(), (name, rows), (names[name],)))
+            inputs = tuple(names.get(name, name) for name in node.inputs)
+            nodes.append(Node(node.op, inputs, tuple(names[name] for name in node.outputs)))
+        return PassResult(graph.with_nodes(nodes), True)
+
+    def _movable(self, graph: Graph, selection: Node) -> list[Node]:
+        """The row-wise nodes that only lead to the selection, in execution order."""
+        moved: list[Node] = []
+        inside = {id(selection)}
+        for node in reversed(graph.nodes):
+            users = [user for name in node.outputs for user in graph.users.get(name, ())]
+            leads = (
+                users
+                and all(id(user) in inside for user in users)
+                and not set(node.outputs) & set(graph.outputs)
+            )
+            # Downstream of the selection, rows are picked already.
+            if leads and isinstance(node.op, _ROW_WISE) and len(graph.types[node.outputs[0]].shape) == 3:
+                moved.append(node)
+                inside.add(id(node))
+        return moved[::-1]

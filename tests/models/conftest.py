@@ -1,0 +1,61 @@
+"""The tiny models: opened for the interpreter, compiled for the backend, and llama.cpp's logits of each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rlxc
+from rlxc.weights.gguf import open_gguf
+
+# What the tests share lies beside them; the script that makes the reference data uses it too, without pytest.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from oracle import Floats, OpenModel  # noqa: E402
+from tiny import VARIANTS  # noqa: E402
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """The name of each tiny model in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_gguf(variant)``: its file, written once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return cache(lambda name: VARIANTS[name].write(folder / f"{name}.gguf"))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_artifact(variant, activations, context)``: its artifact, compiled once."""
+    folder = tmp_path_factory.mktemp("tiny-artifacts")
+
+    def compiled(name: str, activations: str, context: int) -> Path:
+        path = folder / f"{name}-{activations}-{context}.rlx"
+        rlxc.compile(tiny_gguf(name), path, activations=activations, context=context)
+        return path
+
+    return cache(compiled)
+
+
+@pytest.fixture(scope="session")
+def open_tiny(tiny_gguf: Callable[[str], Path]) -> Callable[[str], OpenModel]:
+    """``open_tiny(variant)``: the model for the interpreter."""
+    return cache(lambda name: OpenModel(open_gguf(tiny_gguf(name))))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_logits() -> dict[str, Floats]:
+    """llama.cpp's logits ``f32 [len(TEXT), vocab]`` by variant; see ``tests/data/README.md``."""
+    with np.load(DATA / "tiny_logits.npz") as stored:
+        return dict(stored)
