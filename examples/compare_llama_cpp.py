@@ -27,7 +27,9 @@ import rlxc
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("-p", "--prompt", type=int, default=512, help="tokens of prefill")
     parser.add_argument("-n", "--tokens", type=int, default=64, help="single-token steps")
@@ -70,7 +72,8 @@ def main() -> None:
         return
     for kind, count in (("prefill", args.prompt), ("decode", args.tokens)):
         shown = "   ".join(
-            f"{name} {medians[kind][name]:6.0f} ({min(v[1:]):.0f}..{max(v[1:]):.0f})" for name, v in speeds[kind].items()
+            f"{name} {medians[kind][name]:6.0f} ({min(v[1:]):.0f}..{max(v[1:]):.0f})"
+            for name, v in speeds[kind].items()
         )
         print(f"{kind:8} {count:5} tokens   tokens/s: {shown}   ratio {ratios[kind]:.2f}")
 

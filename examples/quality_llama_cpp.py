@@ -31,7 +31,9 @@ Logits = npt.NDArray[np.float32]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--tokens", type=int, default=768, help="how much of the text is used")
@@ -54,12 +56,16 @@ def main() -> None:
 def write_decoded(model: Path, output: Path) -> None:
     """A copy of the model with every tensor as f32."""
     source = gguf.GGUFReader(model)
-    writer = gguf.GGUFWriter(output, str(source.fields["general.architecture"].contents()), use_temp_file=False)
+    writer = gguf.GGUFWriter(
+        output, str(source.fields["general.architecture"].contents()), use_temp_file=False
+    )
     for field in source.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         kind = field.types[0]
-        writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+        writer.add_key_value(
+            field.name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None
+        )
     with open_gguf(model) as file:
         for info in file.tensors.values():
             rows = file.data(info.name).reshape(-1, FORMATS[info.dtype].row_bytes(info.shape[-1]))
@@ -91,7 +97,9 @@ def report(name: str, reference: Logits, logits: Logits) -> None:
         divergence[i] = np.sum(np.exp(p) * (p - q))
         second, best = np.partition(exact, -2)[-2:]
         changed += bool(best - second > 0.05 and exact.argmax() != row.argmax())
-    print(f"{name:14} mean KL {divergence.mean():.2e} nats, clear changes of the best token: {changed} of {len(reference)}")
+    print(
+        f"{name:14} mean KL {divergence.mean():.2e} nats, best token clearly changed: {changed} of {len(reference)}"
+    )
 
 
 def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:

@@ -73,15 +73,15 @@ class ScheduleKvCache(Pass):
                 case _:
                     inputs = tuple(reads.get(name, positions.get(name, name)) for name in node.inputs)
                     nodes.append(Node(node.op, inputs, node.outputs))
-        inputs = [Value(value.name, caches.get(value.name, value.type)) for value in graph.inputs]
-        inputs.append(Value(PAST, TensorType(DType.I32, ())))
+        interface = [Value(value.name, caches.get(value.name, value.type)) for value in graph.inputs]
+        interface.append(Value(PAST, TensorType(DType.I32, ())))
         plan = {
             "context": self.context,
             "max_step": self.max_step,
             "bytes_per_token": sum(layer["bytes_per_token"] for layer in layers),
             "layers": layers,
         }
-        scheduled = replace(graph, inputs=tuple(inputs), nodes=tuple(nodes))
+        scheduled = replace(graph, inputs=tuple(interface), nodes=tuple(nodes))
         return PassResult(scheduled, True, facts={"kv_cache": plan})
 
     def _plan_layer(

@@ -1,6 +1,6 @@
 """Compiling a model: the only place where all stages meet.
 
-    weights -> models -> passes -> backend -> artifact
+weights -> models -> passes -> backend -> artifact
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from rlxc import __version__
 from rlxc.artifact import (
+    Activations,
     Artifact,
     ArtifactWriter,
+    BackendName,
     KvLayer,
     KvPlan,
     Manifest,
@@ -35,7 +38,7 @@ from rlxc.models import Config, build_model
 from rlxc.passes import PipelineResult, default_passes, run_passes
 from rlxc.vocab import build_tokenizer
 from rlxc.weights.gguf import GgufFile, open_gguf
-from rlxc.weights.registry import Base, F32, Packed, TiedAlias, WeightRegistry, registry_from_gguf
+from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, registry_from_gguf
 
 Progress = Callable[[str, int, int], None]
 """Told a stage's name, and how much of how much of it is done."""
@@ -43,17 +46,18 @@ Progress = Callable[[str, int, int], None]
 MAX_STEP = 256
 """Tokens that a step takes at most. Longer prompts go in pieces; see docs/performance.md for why this many."""
 
-_ACTIVATIONS = ("int8", "float32")
+DEFAULT_CONTEXT = 4096
+"""Positions of an artifact when the user names none and the model was trained for at least as many."""
 
 
 def compile(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    backend: str = "onnx",
+    backend: BackendName = "onnx",
     target: str = "native",
-    activations: str = "int8",
-    context: int = 4096,
+    activations: Activations = "int8",
+    context: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     trace: Callable[[str], None] | None = None,
@@ -67,7 +71,7 @@ def compile(
         target: ``native``; ONNX Runtime adapts to the CPU it runs on.
         activations: ``int8`` lets matrix products round their inputs to 8 bits per block, as llama.cpp does;
             ``float32`` keeps them exact and is slow.
-        context: number of positions, at most what the model was trained for.
+        context: number of positions, at most what the model was trained for; by default 4096, or that if it is less.
         overwrite: replace an artifact that is there; it stays untouched until the new one is complete.
         progress: called as the work goes on.
         trace: called with a line per pass, and one per rewrite that nearly applied.
@@ -75,19 +79,22 @@ def compile(
     Raises:
         RlxcError: the input is damaged or not supported, an option is out of range, or the output cannot be written.
     """
-    if activations not in _ACTIVATIONS:
-        raise OptionError(f"activations {activations!r} are unknown", remedy=f"choose one of: {', '.join(_ACTIVATIONS)}")
+    if activations not in get_args(Activations):
+        known = ", ".join(get_args(Activations))
+        raise OptionError(f"activations {activations!r} are unknown", remedy=f"choose one of: {known}")
     if target != "native":
         raise OptionError(f"target {target!r} is unknown", remedy="the onnx backend has one target: native")
     tell: Progress = progress or (lambda stage, done, total: None)
     engine = get_backend(backend)
     with open_gguf(model) as file:
         config, registry, graph = _model(file)
-        result = _lower(graph, config, backend, context, file.path, trace=trace)
+        context = _checked_context(context, config, file.path)
+        result = _lower(graph, backend, context, trace=trace)
         tokenizer = build_tokenizer(file.metadata, source=file.path)
         if tokenizer.vocab_size > config.vocab:
             raise ModelError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows", source=file.path
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows",
+                source=file.path,
             )
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             total = len(result.graph.weights)
@@ -133,7 +140,7 @@ def lower(
     model: str | os.PathLike[str],
     *,
     backend: str = "onnx",
-    context: int = 4096,
+    context: int | None = None,
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> str:
@@ -144,7 +151,8 @@ def lower(
     """
     with open_gguf(model) as file:
         config, _, graph = _model(file)
-        return show(_lower(graph, config, backend, context, file.path, after=after, trace=trace).graph)
+        context = _checked_context(context, config, file.path)
+        return show(_lower(graph, backend, context, after=after, trace=trace).graph)
 
 
 def _model(file: GgufFile) -> tuple[Config, WeightRegistry, Graph]:
@@ -154,20 +162,25 @@ def _model(file: GgufFile) -> tuple[Config, WeightRegistry, Graph]:
     return config, registry, graph
 
 
+def _checked_context(context: int | None, config: Config, source: Path) -> int:
+    if context is None:
+        return min(DEFAULT_CONTEXT, config.trained_context)
+    if not 1 <= context <= config.trained_context:
+        raise OptionError(
+            f"context {context} is outside 1..{config.trained_context}, what the model was trained for",
+            source=source,
+        )
+    return context
+
+
 def _lower(
     graph: Graph,
-    config: Config,
     backend: str,
     context: int,
-    source: Path,
     *,
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> PipelineResult:
-    if not 1 <= context <= config.trained_context:
-        raise OptionError(
-            f"context {context} is outside 1..{config.trained_context}, what the model was trained for", source=source
-        )
     passes = default_passes(get_backend(backend).features, context=context, max_step=min(MAX_STEP, context))
     return run_passes(graph, passes, trace=trace, stop_after=after)
 
@@ -185,11 +198,18 @@ def _tie_output(file: GgufFile, registry: WeightRegistry) -> None:
         found = registry.resolve(output)
         if (found.dtype, found.shape) != (target.dtype, target.shape):
             return
-        if not np.array_equal(file.data(output), file.data(table)):
+        if not _equal_bytes(file.data(output), file.data(table)):
             return
         registry.remove(output)
-    alias = F32(output, target.shape) if isinstance(target, F32) else Packed(output, target.scheme, target.shape)
+    alias = (
+        F32(output, target.shape) if isinstance(target, F32) else Packed(output, target.scheme, target.shape)
+    )
     registry.add(alias, TiedAlias(table))
+
+
+def _equal_bytes(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
+    step = 1 << 22  # comparing makes a temporary array as large as what is compared
+    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, len(a), step))
 
 
 def _kv_plan(facts: Any) -> KvPlan:
@@ -248,7 +268,9 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
     """
     root = Path(path)
     if root.is_dir() and (root / "config.json").exists() and not (root / "manifest.json").exists():
-        raise UnsupportedError("a Hugging Face folder is not supported yet", source=root, remedy="convert it to GGUF")
+        raise UnsupportedError(
+            "a Hugging Face folder is not supported yet", source=root, remedy="convert it to GGUF"
+        )
     if root.is_dir():
         return _inspect_artifact(Artifact.open(root))
     with open_gguf(root) as file:
@@ -259,8 +281,11 @@ def _inspect_gguf(file: GgufFile) -> ModelInfo:
     formats: dict[str, int] = {}
     for info in file.tensors.values():
         formats[info.dtype.value] = formats.get(info.dtype.value, 0) + 1
-    arrays = {key for key, value in file.metadata.items() if hasattr(value, "__len__") and not isinstance(value, str)}
-    shown = {key: f"[{len(file.metadata[key])}]" if key in arrays else file.metadata[key] for key in file.metadata}
+    scalars = (int, float, bool, str)
+    shown = {
+        key: value if isinstance(value, scalars) else f"[{len(value)} values]"
+        for key, value in file.metadata.items()
+    }
     return ModelInfo(
         path=str(file.path),
         kind=f"GGUF v{file.version}",

@@ -309,7 +309,9 @@ class Session:
         self._check_room(len(tokens), self._cache.position)
         for start in range(0, len(tokens), self._engine.max_step):
             chunk = tokens[start : start + self._engine.max_step]
-            logits = self._engine.step(self._cache, chunk, np.array([len(chunk) - 1], np.int64))
+            is_last = start + len(chunk) == len(tokens)
+            rows = [len(chunk) - 1] if is_last else []  # logits cost as much as all layers together
+            logits = self._engine.step(self._cache, chunk, np.array(rows, np.int64))
         self._verification.wait()
         last: Logits = logits[0]
         return last

@@ -39,6 +39,8 @@ def _text(says: str, pattern: str) -> _Rule:
     return _Rule(says, lambda value: re.fullmatch(pattern, value) is not None)
 
 
+BackendName = Literal["onnx", "tvm"]
+Activations = Literal["int8", "float32"]
 Count = Annotated[int, _integer(1, 2**31 - 1)]
 Index = Annotated[int, _integer(0, 2**31 - 1)]
 Bytes = Annotated[int, _integer(0, 2**62)]
@@ -63,7 +65,7 @@ class ModelFacts:
 class TargetFacts:
     """What the artifact runs on."""
 
-    backend: Literal["onnx", "tvm"]
+    backend: BackendName
     name: str
 
 
@@ -71,7 +73,7 @@ class TargetFacts:
 class Options:
     """The compile options that shaped the artifact."""
 
-    activations: Literal["int8", "float32"]
+    activations: Activations
     context: Count
 
 

@@ -13,7 +13,6 @@ import random
 import statistics
 import sys
 import time
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 import rlxc
+from rlxc.artifact import Activations, BackendName
 from rlxc.cli.terminal import in_one_line, lines, megabytes, note, outline, progress_bars, rate, show
 from rlxc.errors import ArtifactError, ContextError, RlxcError, SessionError
 
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
     from rlxc.runtime import Session
 
 # Other modules are imported by the commands that need them: `rlxc --help` should not wait for a compiler.
-
-DEFAULT_CONTEXT = 4096
-
-
-class Backend(str, Enum):
-    """What an artifact runs on."""
-
-    onnx = "onnx"
-
-
-class Activations(str, Enum):
-    """How activations are represented where they meet packed weights."""
-
-    int8 = "int8"
-    float32 = "float32"
 
 
 class _Commands(TyperGroup):
@@ -82,14 +67,18 @@ Runnable = Annotated[
         show_default=False,
     ),
 ]
-Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that the KV cache holds.")]
+DEFAULT_CONTEXT = "4096, or what the model was trained for"
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Tokens that the KV cache holds.", show_default=DEFAULT_CONTEXT),
+]
 GgufContext = Annotated[
     int | None,
     typer.Option(
         "--context",
         min=1,
         help="Tokens that the KV cache holds; for a .gguf file only.",
-        show_default=str(DEFAULT_CONTEXT),
+        show_default=DEFAULT_CONTEXT,
     ),
 ]
 Threads = Annotated[
@@ -150,12 +139,12 @@ def _compile(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The artifact to write.", show_default=False)
     ],
-    backend: Annotated[Backend, typer.Option(help="What the artifact runs on.")] = Backend.onnx,
+    backend: Annotated[BackendName, typer.Option(help="What the artifact runs on.")] = "onnx",
     target: Annotated[str, typer.Option(help="The machine it runs on; native is this one.")] = "native",
     activations: Annotated[
         Activations, typer.Option(help="int8 is fast, float32 the exact reference.")
-    ] = Activations.int8,
-    context: Context = DEFAULT_CONTEXT,
+    ] = "int8",
+    context: Context = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
     trace: Trace = False,
 ) -> None:
@@ -174,15 +163,16 @@ def _compile(
         artifact = rlxc.compile(
             model,
             output,
-            backend=backend.value,
+            backend=backend,
             target=target,
-            activations=activations.value,
+            activations=activations,
             context=context,
             overwrite=force,
             progress=progress,
             trace=note if trace else None,
         )
     size = sum(entry.size for entry in artifact.manifest.files.values())
+    context = artifact.manifest.options.context
     print(f"{output}: {megabytes(size)}, context {context}, in {time.perf_counter() - started:.1f} s")
 
 
@@ -367,7 +357,7 @@ def _graph(
     after: Annotated[
         str | None, typer.Option(metavar="PASS", help="Stop after this pass.", show_default="the last one")
     ] = None,
-    context: Context = DEFAULT_CONTEXT,
+    context: Context = None,
     trace: Trace = False,
 ) -> None:
     """Print the graph of a model as IR text.
@@ -391,7 +381,6 @@ def _artifact_of(model: Path, context: int | None) -> Path:
         return model
     from rlxc.weights import open_gguf
 
-    context = DEFAULT_CONTEXT if context is None else context
     with open_gguf(model) as file:
         key = json.dumps([rlxc.__version__, file.fingerprint(), context])
     cache = Path(os.environ.get("RLXC_CACHE") or Path.home() / ".cache" / "rlxc")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError
@@ -17,7 +17,7 @@ from rlxc.errors import GraphError
 if TYPE_CHECKING:
     from rlxc.ir.ops import Op
 
-Dim = Union[int, str]
+Dim = int | str
 """A dimension: a number, or the name of a symbolic one (``batch``, ``seq``, ``past``)."""
 
 
@@ -61,7 +61,7 @@ class Concat:
     parts: tuple[Weight, ...]
 
 
-Recipe = Union[Source, Alias, Concat]
+Recipe = Source | Alias | Concat
 
 
 @dataclass(frozen=True)

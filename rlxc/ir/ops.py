@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Union
+from typing import ClassVar
 
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError
@@ -67,7 +67,7 @@ class Constant(Op):
     """A small f32 constant: a scalar, or a vector from a tuple."""
 
     arity = (0, 0)
-    value: Union[float, tuple[float, ...]]
+    value: float | tuple[float, ...]
 
     def shape_rule(self, inputs: Types) -> Types:
         """``f32[]`` or ``f32[n]``."""
@@ -290,7 +290,7 @@ class SelectRows(Op):
 class Positions(Op):
     """Positions of this step's tokens: ``past + 0 .. past + S - 1``.
 
-    Inputs: ids ``i64[B, S]``, and the past: either its length ``i32[]`` or a cache ``f32[B, K, past, D]`` that holds it.
+    Inputs: ids ``i64[B, S]``, and the past: its length ``i32[]``, or a cache ``f32[B, K, past, D]`` that holds it.
     """
 
     arity = (2, 2)
@@ -305,7 +305,10 @@ class Positions(Op):
 
 @dataclass(frozen=True)
 class Rope(Op):
-    """Rotates each head by its position. Inputs: x ``f32[B, S, heads * D]``, positions, optional factors ``f32[dim/2]``."""
+    """Rotates each head by its position.
+
+    Inputs: x ``f32[B, S, heads * D]``, positions ``i64[B, S]``, optional factors ``f32[dim/2]``.
+    """
 
     arity = (2, 3)
     heads: int

@@ -6,6 +6,7 @@ arithmetic, and is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ class Config:
     @property
     def scale(self) -> float:
         """The usual scale of attention scores, ``1 / sqrt(head_dim)``."""
-        return self.head_dim**-0.5
+        return 1 / math.sqrt(self.head_dim)
 
 
 def read_config(fields: Fields, vocab: int) -> Config:

@@ -50,7 +50,7 @@ class Engine(Protocol[C]):
         Args:
             cache: has room for the ids.
             ids: 1 ... ``max_step`` tokens of the vocabulary.
-            rows: ``[R]``, the positions in ``ids`` whose logits are wanted.
+            rows: ``[R]``, the positions in ``ids`` whose logits are wanted; maybe none.
 
         Returns:
             Logits ``[R, vocab]``, maybe a view that is valid until the next step.

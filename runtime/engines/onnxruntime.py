@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from rlxc.artifact import Artifact, KvPlan
 from rlxc.errors import SessionError
@@ -14,6 +15,20 @@ Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 _CPU = ("cpu", 0)
+
+# ONNX Runtime's exceptions have no base class of their own.
+_LOAD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
 
 
 class OnnxCache:
@@ -54,7 +69,7 @@ class OnnxRuntimeEngine:
         try:
             path = str(artifact.file("model.onnx"))
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except _LOAD_ERRORS as error:
             raise SessionError(
                 f"ONNX Runtime {ort.__version__} cannot load the model ({str(error).splitlines()[0]})",
                 source=artifact.path,
@@ -82,7 +97,8 @@ class OnnxRuntimeEngine:
         binding.bind_output("logits", *_CPU, np.float32, self._logits.shape, self._logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         cache.position = total
-        return self._logits[0]
+        logits: Floats = self._logits[0]
+        return logits
 
     def close(self) -> None:
         """Release the session's memory and threads."""

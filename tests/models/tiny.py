@@ -111,7 +111,7 @@ def write_tiny_model(
         if value is not None:
             _add_value(writer, f"{architecture}.{key}", value)
     _add_tokenizer(writer)
-    for name, shape in _shapes(architecture, kv_heads, tied, bias, rope_scaling):
+    for name, shape in shapes(architecture, kv_heads, tied, bias, rope_scaling):
         if len(shape) == 1:
             kind, packed = Ggml.F32, _vector(name, shape[0], rng)
         else:
@@ -175,7 +175,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(True)
 
 
-def _shapes(
+def shapes(
     architecture: str, kv_heads: int, tied: bool, bias: bool, rope_scaling: str | None
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor's name and shape, in file order."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from rlxc.artifact import ArtifactWriter
 from rlxc.backends import BuildOptions
@@ -70,8 +69,4 @@ class OnnxBackend:
                 context=options.context,
             )
         with writer.file("model.onnx") as sink:
-            sink.write(np.frombuffer(_deterministic_bytes(model), np.uint8))
-
-
-def _deterministic_bytes(model: onnx.ModelProto) -> bytes:
-    return model.SerializeToString(deterministic=True)
+            sink.write(model.SerializeToString(deterministic=True))

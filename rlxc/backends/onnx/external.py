@@ -17,8 +17,8 @@ PAGE = 4096
 class Sink(Protocol):
     """Where the bytes go: a file of the artifact."""
 
-    def write(self, data: npt.NDArray[np.generic]) -> None:
-        """Append an array's bytes."""
+    def write(self, data: bytes | npt.NDArray[np.generic]) -> None:
+        """Append bytes."""
 
     def tell(self) -> int:
         """Bytes written so far."""

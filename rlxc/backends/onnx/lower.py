@@ -77,7 +77,7 @@ class Lowering:
         return f"{name}.f32"
 
     def packed_inputs(self, name: str, weight: StoredPacked, *, gather: bool) -> list[str]:
-        """Codes, scales and zero points, in the shapes of ``GatherBlockQuantized`` or ``MatMulNBits``; one set of bytes."""
+        """Codes, scales and zero points as ``GatherBlockQuantized`` or ``MatMulNBits`` takes them: the same bytes."""
         s, blocks = weight.storage, weight.blocks
         packed = (weight.columns * s.bits // 8,) if gather else (blocks, s.block * s.bits // 8)
         suffix = "table" if gather else "codes"
@@ -97,7 +97,7 @@ class Lowering:
         return self.external(f"{name}.mins", TensorProto.FLOAT, (weight.rows, weight.blocks), weight.mins)
 
     def lengths(self) -> list[str]:
-        """The two lengths that attention asks for, from ``attention_mask [batch, total]``: last positions, and total."""
+        """Last positions and total length, which attention asks for, from ``attention_mask [batch, total]``."""
         if not self._lengths:
             self._lengths = ["last_positions", "total_length"]
             one = self.constant("one", np.array([1]))

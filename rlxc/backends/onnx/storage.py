@@ -58,7 +58,7 @@ class Storage:
         return self.zero_point == 1 << (self.bits - 1)
 
     def pack(self, codes: npt.NDArray[np.int8]) -> Bytes:
-        """Codes ``int8 [rows, in]`` as unsigned bytes ``[rows, in * bits / 8]``, the first of a pair in the low bits."""
+        """Codes ``int8 [rows, in]`` as bytes ``[rows, in * bits / 8]``, the first of a pair in the low bits."""
         unsigned = codes.view(np.uint8) + np.uint8(self.zero_point)
         if self.bits == 8:
             return unsigned

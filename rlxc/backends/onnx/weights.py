@@ -31,7 +31,7 @@ class StoredFloat:
 
 @dataclass(frozen=True)
 class StoredPacked:
-    """A packed weight ``[rows, columns]``: codes, f32 scales, and, where the format has them, zero points and minimums."""
+    """A packed weight ``[rows, columns]``: codes and f32 scales; zero points and minimums where its format needs them."""
 
     storage: Storage
     rows: int

@@ -1,0 +1,80 @@
+"""What holds for every architecture: shapes, cached steps that equal one full pass, a backend that equals the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle import OpenModel
+from tiny import HEAD_DIM, HIDDEN, LAYERS, TEXT, VARIANTS, VOCAB
+
+import rlxc
+from rlxc.ir.ops import Attention
+
+Open = Callable[[str], OpenModel]
+Compile = Callable[[str, str, int], Path]
+
+LONG = [1, *np.random.RandomState(1).randint(3, VOCAB, 59).tolist()]
+CHUNKS = [5, 1, 7, 1, 1, 13, 1, 1, 1, 11, 1, 17]
+"""Odd steps and single ones; together they pass the window of 8 and every ring's capacity."""
+SHORT_CONTEXT = 64
+
+
+def test_result_shapes(variant: str, open_tiny: Open) -> None:
+    model = open_tiny(variant)
+    logits, caches = model.step(TEXT, model.empty_caches())
+    assert logits.shape == (len(TEXT), VOCAB)
+    kv_heads = VARIANTS[variant].kv_heads
+    assert {rows.shape for rows in caches.values()} == {(1, kv_heads, len(TEXT), HEAD_DIM)}
+    assert len(caches) == 2 * LAYERS[VARIANTS[variant].architecture]
+
+
+def test_config_holds_the_metadata_s_numbers(variant: str, open_tiny: Open) -> None:
+    config = open_tiny(variant).config
+    assert (config.vocab, config.hidden, config.head_dim) == (VOCAB, HIDDEN, HEAD_DIM)
+    assert config.kv_heads == VARIANTS[variant].kv_heads
+
+
+def test_only_every_sixth_gemma3_layer_sees_everything(open_tiny: Open) -> None:
+    ops = [node.op for node in open_tiny("gemma3-window").graph.nodes]
+    assert [op.window for op in ops if isinstance(op, Attention)] == [8, 8, 8, 8, 8, None, 8]
+
+
+def test_interpreted_steps_equal_one_pass(variant: str, open_tiny: Open) -> None:
+    model = open_tiny(variant)
+    caches, parts, start = model.empty_caches(), [], 0
+    for size in CHUNKS:
+        logits, caches = model.step(LONG[start : start + size], caches)
+        parts.append(logits)
+        start += size
+    # Both are float64: only the order of sums differs.
+    np.testing.assert_allclose(np.concatenate(parts), model.logits(LONG), rtol=0, atol=1e-10)
+
+
+def test_compiled_steps_equal_the_interpreter(variant: str, open_tiny: Open, tiny_artifact: Compile) -> None:
+    expected = open_tiny(variant).logits(LONG)
+    ends = np.cumsum(CHUNKS)
+    with rlxc.load(tiny_artifact(variant, "float32", SHORT_CONTEXT), threads=1) as session:
+        rows = [session.prefill(LONG[end - size : end]) for size, end in zip(CHUNKS, ends)]
+    # Logits have a standard deviation of 1; f32 sums in another order leave about 1e-5 of it.
+    np.testing.assert_allclose(np.stack(rows), expected[ends - 1], rtol=0, atol=1e-4)
+
+
+def test_score_equals_steps(variant: str, tiny_artifact: Compile) -> None:
+    with rlxc.load(tiny_artifact(variant, "float32", SHORT_CONTEXT), threads=1) as session:
+        scored = session.score(LONG[:20])
+        stepped = np.stack([session.decode(token) for token in LONG[:20]])
+    # Matrix-vector and matrix-matrix kernels sum in another order.
+    np.testing.assert_allclose(stepped, scored, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["llama-k-m", "gemma3-window"])
+def test_a_second_sequence_forgets_the_first(variant: str, tiny_artifact: Compile) -> None:
+    with rlxc.load(tiny_artifact(variant, "float32", SHORT_CONTEXT), threads=1) as session:
+        first = session.prefill(LONG[:30])
+        session.reset()
+        session.prefill(LONG[30:])
+        session.reset()
+        np.testing.assert_array_equal(session.prefill(LONG[:30]), first)
