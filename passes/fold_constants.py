@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from rlxc.ir import Graph, Node, interp
 from rlxc.ir.ops import Add, Constant, Mul
 from rlxc.passes.base import Pass, PassResult
@@ -15,70 +18,66 @@ class FoldConstants(Pass):
     """Evaluates nodes whose inputs are constants; drops ``x * 1`` and ``x + 0``; joins ``(x * a) * b``."""
 
     def run(self, graph: Graph) -> PassResult:
-        """See the class."""
+        """See the class. What a fold leaves without users stays, for remove_dead."""
         constants: dict[str, Constant] = {}
-        products: dict[str, tuple[str, Constant]] = {}  # name: what it is a multiple of, and how many times
+        products: dict[str, tuple[str, float]] = {}  # by name: what it is a multiple of, and how many times
         names: dict[str, str] = {}
         nodes: list[Node] = []
         for original in graph.nodes:
             (node,) = rename([original], names)
-            folded = self._evaluated(graph, node, constants)
+            folded = _evaluated(node, constants)
             if folded is not None:
                 node = Node(folded, (), node.outputs)
             elif isinstance(node.op, (Add, Mul)):
-                value, constant = self._operands(node, constants)
-                if (
-                    constant is not None
-                    and self._is_identity(node, constant)
-                    and self._can_go(graph, node, value)
-                ):
+                value, number = _operands(node, constants)
+                if number == (0.0 if isinstance(node.op, Add) else 1.0) and _can_go(graph, node, value):
                     names[node.outputs[0]] = value
                     continue
-                if isinstance(node.op, Mul) and constant is not None and isinstance(constant.value, float):
-                    node = self._joined(graph, node, value, constant, products, nodes)
+                if isinstance(node.op, Mul) and number is not None:
+                    if value in products and graph.only_user(value) is not None:
+                        base, inner = products[value]
+                        if _fits_f32(inner * number):
+                            value, number = base, inner * number
+                            factor = f"{node.outputs[0]}.factor"
+                            nodes.append(Node(Constant(number), (), (factor,)))
+                            node = Node(Mul(), (value, factor), node.outputs)
+                    products[node.outputs[0]] = (value, number)
             if isinstance(node.op, Constant):
                 constants[node.outputs[0]] = node.op
             nodes.append(node)
-        modified = tuple(nodes) != graph.nodes
-        return PassResult(graph.with_nodes(nodes) if modified else graph, modified)
+        if tuple(nodes) == graph.nodes:
+            return PassResult(graph, False)
+        return PassResult(graph.with_nodes(nodes), True)
 
-    def _evaluated(self, graph: Graph, node: Node, constants: dict[str, Constant]) -> Constant | None:
-        known = [constants[name] for name in node.inputs if name in constants]
-        if not known or len(known) != len(node.inputs) or len(node.outputs) != 1:
-            return None
-        (result,) = interp.evaluate(node.op, [interp.evaluate(c, [])[0] for c in known])
-        if result.dtype.kind != "f" or result.ndim > 1 or result.size > LARGEST:
-            return None
-        return Constant(tuple(result.tolist()) if result.ndim else float(result))
 
-    def _operands(self, node: Node, constants: dict[str, Constant]) -> tuple[str, Constant | None]:
-        a, b = node.inputs
-        return (b, constants[a]) if a in constants else (a, constants.get(b))
+def _evaluated(node: Node, constants: dict[str, Constant]) -> Constant | None:
+    """The node's result, if all its inputs are constants and it is small and a number."""
+    known = [constants[name] for name in node.inputs if name in constants]
+    if not known or len(known) != len(node.inputs) or len(node.outputs) != 1:
+        return None
+    with np.errstate(all="ignore"):  # what has no result here shall not have one when the model runs either
+        (result,) = interp.evaluate(node.op, [interp.evaluate(constant, [])[0] for constant in known])
+    if result.ndim > 1 or result.size > LARGEST or not _fits_f32(result):
+        return None
+    return Constant(tuple(result.tolist()) if result.ndim else float(result))
 
-    def _is_identity(self, node: Node, constant: Constant) -> bool:
-        return constant.value == (1.0 if isinstance(node.op, Mul) else 0.0)
 
-    def _can_go(self, graph: Graph, node: Node, value: str) -> bool:
-        same = graph.types[node.outputs[0]] == graph.types[value] if value in graph.types else False
-        return same and node.outputs[0] not in graph.outputs
+def _operands(node: Node, constants: dict[str, Constant]) -> tuple[str, float | None]:
+    """The operand that is not constant, and the number that the other one is, if it is one."""
+    a, b = node.inputs
+    value, other = (b, a) if a in constants else (a, b)
+    constant = constants.get(other)
+    return value, constant.value if constant is not None and not isinstance(constant.value, tuple) else None
 
-    def _joined(
-        self,
-        graph: Graph,
-        node: Node,
-        value: str,
-        constant: Constant,
-        products: dict[str, tuple[str, Constant]],
-        nodes: list[Node],
-    ) -> Node:
-        assert isinstance(constant.value, float)
-        base, factor = value, constant.value
-        if value in products and graph.only_user(value) is not None:
-            base, inner = products[value]
-            assert isinstance(inner.value, float)
-            factor *= inner.value
-            name = f"{node.outputs[0]}.factor"
-            nodes.append(Node(Constant(factor), (), (name,)))
-            node = Node(Mul(), (base, name), node.outputs)
-        products[node.outputs[0]] = (base, Constant(factor))
-        return node
+
+def _can_go(graph: Graph, node: Node, value: str) -> bool:
+    """Whether users of the node can read ``value`` instead."""
+    return graph.types[node.outputs[0]] == graph.types[value] and node.outputs[0] not in graph.outputs
+
+
+def _fits_f32(values: npt.ArrayLike) -> bool:
+    """Whether f32 holds these numbers: neither infinite nor vanished."""
+    wide = np.asarray(values, np.float64)
+    with np.errstate(all="ignore"):
+        narrow = wide.astype(np.float32)
+    return bool(np.isfinite(narrow).all() and np.array_equal(narrow == 0, wide == 0))

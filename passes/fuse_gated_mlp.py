@@ -7,7 +7,7 @@ from rlxc.ir.ops import DequantMatMul, Gelu, Glu, MatMul, Mul, Silu
 from rlxc.ir.target import TargetFeatures
 from rlxc.passes.base import NoMatch, Pass, PassResult
 from rlxc.passes.rewrite import Replacement, rewrite
-from rlxc.passes.stack import stack, why_not_stackable
+from rlxc.passes.stack import largest_stack, stack
 
 
 class FuseGatedMlp(Pass):
@@ -30,10 +30,12 @@ class FuseGatedMlp(Pass):
             gate = graph.producer.get(active.inputs[0])
             if gate is None or not all(isinstance(n.op, (DequantMatMul, MatMul)) for n in (gate, up)):
                 continue
-            reason = why_not_stackable(graph, (gate, up), self.features)
+            _, reason = largest_stack(graph, (gate, up), self.features)
+            if graph.types[active_name] != graph.types[up_name]:
+                reason = "their sizes differ"
             if any(graph.only_user(n.outputs[0]) is None for n in (gate, up, active)):
                 reason = "a part is also used elsewhere"
-            if reason is not None:
+            if reason:
                 return NoMatch(f"gate and up stay apart: {reason}", node)
             product, weights = stack(graph, f"{gate.outputs[0]}_up", (gate, up), self.features)
             activation = "silu" if isinstance(active.op, Silu) else "gelu"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlxc.ir import Graph, Node
+from rlxc.dtypes import DType
+from rlxc.ir import Graph, Node, TensorType
 from rlxc.ir.ops import Add, AddRmsNorm, Constant, Mean, Mul, RmsNorm, Rsqrt, Square
 from rlxc.passes.base import NoMatch, Pass, PassResult
 from rlxc.passes.rewrite import Replacement, rewrite
@@ -40,6 +41,8 @@ def _spelled_out(graph: Graph, node: Node) -> Replacement | NoMatch | None:
             old = (*inner, scaled, node)
             if any(graph.only_user(name) is None for n in old[:-1] for name in n.outputs):
                 return NoMatch("a part of the norm is also used elsewhere", node)
+            if graph.types[weight] != TensorType(DType.F32, graph.types[x].shape[-1:]):
+                return NoMatch(f"the weight is {graph.types[weight]} for {graph.types[x]}", node)
             return Replacement(old, (Node(RmsNorm(eps), (x, weight), node.outputs),))
     return None
 
@@ -80,5 +83,7 @@ def _with_residual(graph: Graph, node: Node) -> Replacement | NoMatch | None:
         return NoMatch("the sum broadcasts", node)
     if any(name in graph.weight for name in total.inputs):
         return NoMatch("the sum is with a weight", node)
+    if node.inputs[1] not in graph.weight:
+        return NoMatch("the norm's weight is computed", node)
     fused = Node(AddRmsNorm(node.op.eps), (a, b, node.inputs[1]), (*node.outputs, *total.outputs))
     return Replacement((total, node), (fused,), early=True)

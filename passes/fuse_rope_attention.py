@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlxc.ir import Graph, Node
 from rlxc.ir.ops import Attention, GroupQueryAttention, KvRead, KvWrite, Positions, Rope
+from rlxc.ir.target import TargetFeatures
 from rlxc.passes.base import NoMatch, Pass, PassResult
 from rlxc.passes.rewrite import Replacement, rewrite
 
@@ -11,8 +12,13 @@ from rlxc.passes.rewrite import Replacement, rewrite
 class FuseRopeAttention(Pass):
     """Attention over caches written in this step becomes GroupQueryAttention, with rope inside where q and k agree."""
 
+    def __init__(self, features: TargetFeatures) -> None:
+        self.features = features
+
     def run(self, graph: Graph) -> PassResult:
         """See the class."""
+        if not self.features.group_query_attention:
+            return PassResult(graph, False)
         return rewrite(graph, _rule)
 
 
@@ -21,47 +27,70 @@ def _rule(graph: Graph, node: Node) -> Replacement | NoMatch | None:
         return None
     reads = [graph.producer.get(name) for name in node.inputs[1:]]
     found = [read for read in reads if read is not None and isinstance(read.op, KvRead)]
-    writes = [graph.producer.get(read.inputs[0]) for read in found]
-    if len(found) < 2 or any(write is None or not isinstance(write.op, KvWrite) for write in writes):
+    sources = [graph.producer.get(read.inputs[0]) for read in found]
+    writes = [write for write in sources if write is not None and isinstance(write.op, KvWrite)]
+    if len(writes) < 2:
         return NoMatch("keys and values do not come from caches", node)
-    key_write, value_write = (write for write in writes if write is not None)
-    if any(graph.only_user(name) is None for read in found for name in read.outputs):
-        return NoMatch("what it reads is also read elsewhere", node)
-    if set(graph.users[key_write.outputs[0]] + graph.users[value_write.outputs[0]]) != set(found):
-        return NoMatch("its caches are also read elsewhere", node)
+    problem = _why_apart(graph, node, found, writes)
+    if problem:
+        return NoMatch(problem, node)
+
+    key_write, value_write = writes
     assert isinstance(key_write.op, KvWrite)
-
-    q, k, v = node.inputs[0], key_write.inputs[1], value_write.inputs[1]
-    old = [*found, key_write, value_write, node]
-    inputs = [q, k, v, key_write.inputs[0], value_write.inputs[0], key_write.inputs[2]]
-    spec = None
-    ropes = _common_rope(graph, q, k, inputs[5])
-    if ropes is not None:
-        q_rope, k_rope = ropes
-        assert isinstance(q_rope.op, Rope)
-        spec = q_rope.op.spec
-        inputs[:2] = [q_rope.inputs[0], k_rope.inputs[0]]
-        inputs += q_rope.inputs[2:]
-        old += [q_rope, k_rope]
-    attention = node.op
-    op = GroupQueryAttention(attention.heads, attention.scale, key_write.op.layout, attention.window, spec)
-    outputs = (node.outputs[0], key_write.outputs[0], value_write.outputs[0])
-    return Replacement(tuple(old), (Node(op, tuple(inputs), outputs),))
-
-
-def _common_rope(graph: Graph, q: str, k: str, past: str) -> tuple[Node, Node] | None:
-    """The ropes of q and k, if they rotate alike by the positions of this step and nobody else reads their results."""
+    (key_cache, k, past), (value_cache, v, _) = key_write.inputs, value_write.inputs
+    old = (*found, *writes, node)
+    q, spec = node.inputs[0], None
+    factors: tuple[str, ...] = ()
     q_rope, k_rope = graph.producer.get(q), graph.producer.get(k)
-    if q_rope is None or k_rope is None or not isinstance(q_rope.op, Rope) or not isinstance(k_rope.op, Rope):
-        return None
+    missed: tuple[NoMatch, ...] = ()
+    if (
+        q_rope is not None
+        and isinstance(q_rope.op, Rope)
+        and k_rope is not None
+        and isinstance(k_rope.op, Rope)
+    ):
+        problem = _why_rope_outside(graph, q_rope, k_rope, {id(key_write), id(found[0])}, past)
+        if problem:
+            missed = (NoMatch(f"rope stays outside: {problem}", node),)
+        else:
+            old += (q_rope, k_rope)
+            q, k, spec, factors = q_rope.inputs[0], k_rope.inputs[0], q_rope.op.spec, q_rope.inputs[2:]
+    op = GroupQueryAttention(node.op.heads, node.op.scale, key_write.op.layout, node.op.window, spec)
+    inputs = (q, k, v, key_cache, value_cache, past, *factors)
+    outputs = (node.outputs[0], key_write.outputs[0], value_write.outputs[0])
+    return Replacement(old, (Node(op, inputs, outputs),), missed=missed)
+
+
+def _why_apart(graph: Graph, attention: Node, reads: list[Node], writes: list[Node]) -> str:
+    """Why these reads, writes and attention cannot become one op, or "" if they can."""
+    key_read, value_read = reads
+    key_write, value_write = writes
+    if any(graph.only_user(read.outputs[0]) is None for read in reads):
+        return "what it reads is also read elsewhere"
+    if any(graph.users[write.outputs[0]] != (read,) for write, read in zip(writes, reads)):
+        return "its caches are also read elsewhere"
+    pasts = {node.inputs[2] for node in (*reads, *writes)}
+    assert isinstance(key_read.op, KvRead) and isinstance(attention.op, Attention)
+    windows = (
+        None,
+        attention.op.window,
+    )  # a ring gives what the window sees, a linear cache gives everything
+    alike = key_read.op == value_read.op and key_write.op == value_write.op and len(pasts) == 1
+    if not alike or key_read.op.window not in windows:
+        return "its caches are laid out differently"
+    return ""
+
+
+def _why_rope_outside(graph: Graph, q_rope: Node, k_rope: Node, cache: set[int], past: str) -> str:
+    """Why the attention op cannot rotate q and k itself, or "" if it can; ``cache`` are the nodes that may read k."""
+    assert isinstance(q_rope.op, Rope) and isinstance(k_rope.op, Rope)
     if q_rope.op.spec != k_rope.op.spec or q_rope.inputs[1:] != k_rope.inputs[1:]:
-        return None
+        return "q and k rotate differently"
     positions = graph.producer.get(q_rope.inputs[1])
     if positions is None or not isinstance(positions.op, Positions) or positions.inputs[1] != past:
-        return None
-    # k is read twice: by the cache's write, and by its read for the number of rows.
-    if graph.only_user(q) is None or any(
-        not isinstance(user.op, (KvWrite, KvRead)) for user in graph.users[k]
-    ):
-        return None
-    return q_rope, k_rope
+        return "its positions are not those after the past"
+    k = k_rope.outputs[0]
+    others = [user for user in graph.users[k] if id(user) not in cache]
+    if graph.only_user(q_rope.outputs[0]) is None or others or k in graph.outputs:
+        return "what it rotates is also read elsewhere"
+    return ""

@@ -26,15 +26,15 @@ def default_passes(features: TargetFeatures, *, context: int, max_step: int) -> 
     """What happens to every model on its way to a target, in this order."""
     return [
         ResolveTiedAliases(),  # one matrix for embedding and logits, seen by every later pass
-        FoldConstants(),
-        ShareCommon(),
+        FoldConstants(),  # so that patterns find plain constants
+        ShareCommon(),  # so that what is equal has one name
         SelectRowsEarly(),  # before fusions hide the row-wise ops
         FuseNorm(with_residual=features.add_rms_norm),
-        FuseQkv(features),
+        FuseQkv(features),  # looks through norm, rope and growing cache
         FuseGatedMlp(features),
         ScheduleKvCache(context=context, max_step=max_step, ring=features.ring_cache),
-        *([FuseRopeAttention()] if features.group_query_attention else []),  # needs the scheduled caches
-        RemoveDead(),
+        FuseRopeAttention(features),  # needs the scheduled caches
+        RemoveDead(),  # what the passes above left without users
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlxc.ir import Graph
+from rlxc.ir import Alias, Graph
 from rlxc.passes.base import Pass, PassResult
 
 
@@ -17,6 +17,10 @@ class RemoveDead(Pass):
             if needed.intersection(node.outputs):
                 kept.append(node)
                 needed.update(node.inputs)
+        for name in needed & graph.weight.keys():
+            while isinstance(recipe := graph.weight[name].recipe, Alias) and recipe.target not in needed:
+                name = recipe.target
+                needed.add(name)
         weights = [weight for weight in graph.weights if weight.name in needed]
         if len(kept) == len(graph.nodes) and len(weights) == len(graph.weights):
             return PassResult(graph, False)

@@ -18,13 +18,15 @@ from rlxc.passes.base import NoMatch, PassResult
 class Replacement:
     """``new`` nodes in the place of ``old`` ones.
 
-    ``weights`` are added to the graph. Results that somebody still reads must keep their names.
+    ``weights`` are added to the graph; ``missed`` says what was left out. Results that somebody still reads must
+    keep their names.
     """
 
     old: tuple[Node, ...]
     new: tuple[Node, ...]
     early: bool = False
     weights: tuple[Weight, ...] = ()
+    missed: tuple[NoMatch, ...] = ()
 
 
 Rewrite = Callable[[Graph, Node], "Replacement | NoMatch | None"]
@@ -36,15 +38,18 @@ def rewrite(graph: Graph, rule: Rewrite) -> PassResult:
     taken: set[int] = set()
     placed: dict[int, tuple[Node, ...]] = {}  # by position in the graph
     weights = list(graph.weights)
-    missed = []
+    missed: list[NoMatch] = []
     for node in graph.nodes:
         if id(node) in taken:
             continue
         found = rule(graph, node)
+        if isinstance(found, Replacement) and any(id(old) in taken for old in found.old):
+            found = NoMatch("another match took a part of it", node)
         if isinstance(found, NoMatch):
             missed.append(found)
-        if not isinstance(found, Replacement) or any(id(old) in taken for old in found.old):
+        if not isinstance(found, Replacement):
             continue
+        missed += found.missed
         taken.update(id(old) for old in found.old)
         positions = [order[id(old)] for old in found.old]
         placed[min(positions) if found.early else max(positions)] = found.new

@@ -8,7 +8,8 @@ in place, before it is read, and the past's length becomes one number for the wh
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlxc.dtypes import DType
@@ -19,6 +20,18 @@ from rlxc.passes.base import Pass, PassResult
 
 PAST = "past_length"
 _BYTES = {DType.F32: 4, DType.F16: 2, DType.BF16: 2}
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """One layer's buffers: the type of each, and the window of a ring (None for a linear layout)."""
+
+    type: TensorType
+    ring_window: int | None
+
+    @property
+    def layout(self) -> str:
+        return "linear" if self.ring_window is None else "ring"
 
 
 class ScheduleKvCache(Pass):
@@ -37,98 +50,100 @@ class ScheduleKvCache(Pass):
         """See the class.
 
         Raises:
-            GraphError: a cache is not read by attention alone, or a layer's two caches differ.
+            GraphError: a cache is used by more than one attention, or a layer's two caches differ.
         """
-        appends = [node for node in graph.nodes if isinstance(node.op, KvAppend)]
-        if not appends:
+        if not any(isinstance(node.op, KvAppend) for node in graph.nodes):
             return PassResult(graph, False)
-        caches: dict[str, TensorType] = {}
+        buffers: dict[str, _Buffer] = {}  # by cache input
         layers: list[dict[str, Any]] = []
-        reads: dict[str, str] = {}  # what attention reads instead of the grown cache
-        windows: dict[str, int | None] = {}
         for node in graph.nodes:
             if isinstance(node.op, Attention):
-                self._plan_layer(graph, node, len(layers), caches, layers, windows)
-        self._check_uses(graph, appends, caches)
-
-        nodes: list[Node] = []
-        positions: dict[str, str] = {}
-        first_position: dict[str, str] = {}  # by ids
-        for node in graph.nodes:
-            match node.op:
-                case Positions() if node.inputs[1] in caches:
-                    ids = node.inputs[0]
-                    if ids in first_position:
-                        positions[node.outputs[0]] = first_position[ids]
-                        continue
-                    first_position[ids] = node.outputs[0]
-                    nodes.append(Node(node.op, (ids, PAST), node.outputs))
-                case KvAppend():
-                    (cache, new), (grown,) = node.inputs, node.outputs
-                    window = windows[cache]
-                    layout = "linear" if window is None else "ring"
-                    reads[grown] = f"{grown}.visible"
-                    nodes.append(Node(KvWrite(layout), (cache, new, PAST), (grown,)))
-                    nodes.append(Node(KvRead(layout, window), (grown, new, PAST), (reads[grown],)))
-                case _:
-                    inputs = tuple(reads.get(name, positions.get(name, name)) for name in node.inputs)
-                    nodes.append(Node(node.op, inputs, node.outputs))
-        interface = [Value(value.name, caches.get(value.name, value.type)) for value in graph.inputs]
-        interface.append(Value(PAST, TensorType(DType.I32, ())))
+                buffer, pasts = self._buffer(graph, node.op.window, node)
+                buffers.update(dict.fromkeys(pasts, buffer))
+                layers.append(_layer_facts(len(layers), buffer.layout, buffer.type, node.op.window))
+        self._check_uses(graph, buffers)
+        inputs = [
+            Value(value.name, buffers[value.name].type) if value.name in buffers else value
+            for value in graph.inputs
+        ]
+        inputs.append(Value(PAST, TensorType(DType.I32, ())))
         plan = {
             "context": self.context,
             "max_step": self.max_step,
             "bytes_per_token": sum(layer["bytes_per_token"] for layer in layers),
             "layers": layers,
         }
-        scheduled = replace(graph, inputs=tuple(interface), nodes=tuple(nodes))
-        return PassResult(scheduled, True, facts={"kv_cache": plan})
+        nodes = tuple(_scheduled(graph, buffers))
+        return PassResult(replace(graph, inputs=tuple(inputs), nodes=nodes), True, facts={"kv_cache": plan})
 
-    def _plan_layer(
-        self,
-        graph: Graph,
-        attention: Node,
-        index: int,
-        caches: dict[str, TensorType],
-        layers: list[dict[str, Any]],
-        windows: dict[str, int | None],
-    ) -> None:
-        assert isinstance(attention.op, Attention)
-        writers = [graph.producer.get(name) for name in attention.inputs[1:]]
-        pasts = [node.inputs[0] for node in writers if node is not None and isinstance(node.op, KvAppend)]
-        if len(pasts) != 2 or graph.types[pasts[0]] != graph.types[pasts[1]]:
+    def _buffer(self, graph: Graph, window: int | None, attention: Node) -> tuple[_Buffer, list[str]]:
+        """The buffers of one attention's keys and values, and the cache inputs that they replace."""
+        grown = [graph.producer.get(name) for name in attention.inputs[1:]]
+        pasts = [node.inputs[0] for node in grown if node is not None and isinstance(node.op, KvAppend)]
+        if len(set(pasts)) != 2 or graph.types[pasts[0]] != graph.types[pasts[1]]:
             raise GraphError(
                 f"%{attention.outputs[0]} does not read two caches of one shape", source=self.name
             )
-        window = attention.op.window
-        if not self.ring or window is None or window + self.max_step >= self.context:
-            window = None
-        capacity = self.context if window is None else window + self.max_step
-        cache = graph.types[pasts[0]]
-        batch, heads, _, dim = cache.shape
-        for past in pasts:
-            caches[past] = TensorType(cache.dtype, (batch, heads, capacity, dim))
-            windows[past] = window
-        layers.append(
-            {
-                "index": index,
-                "layout": "linear" if window is None else "ring",
-                "capacity": capacity,
-                "window": attention.op.window,
-                "heads": heads,
-                "head_dim": dim,
-                "dtype": cache.dtype.value,
-                "bytes_per_token": 2 * int(heads) * int(dim) * _BYTES[cache.dtype],
-            }
-        )
+        old = graph.types[pasts[0]]
+        batch, heads, _, dim = old.shape
+        in_ring = self.ring and window is not None and window + self.max_step < self.context
+        ring_window = window if in_ring else None
+        capacity = self.context if ring_window is None else ring_window + self.max_step
+        return _Buffer(TensorType(old.dtype, (batch, heads, capacity, dim)), ring_window), pasts
 
-    def _check_uses(self, graph: Graph, appends: list[Node], caches: dict[str, TensorType]) -> None:
-        for node in appends:
-            grown = node.outputs[0]
-            if node.inputs[0] not in caches:
-                raise GraphError(f"no attention reads cache %{grown}", source=self.name)
-            others = [user for user in graph.users[grown] if not isinstance(user.op, Attention)]
-            if others:
+    def _check_uses(self, graph: Graph, buffers: Mapping[str, _Buffer]) -> None:
+        inputs = {value.name for value in graph.inputs}
+        for node in graph.nodes:
+            if not isinstance(node.op, KvAppend):
+                continue
+            (cache, _), (grown,) = node.inputs, node.outputs
+            if cache not in buffers or cache not in inputs:
+                raise GraphError(f"%{cache} is not a cache that an attention reads", source=self.name)
+            users = graph.users[grown]
+            if len(users) != 1 or not isinstance(users[0].op, Attention):
+                readers = ", ".join(user.op.name for user in users)
                 raise GraphError(
-                    f"{others[0].op.name} reads cache %{grown}, only attention can", source=self.name
+                    f"cache %{grown} is for one attention, its readers are {readers}", source=self.name
                 )
+            others = [user for user in graph.users[cache] if not isinstance(user.op, (KvAppend, Positions))]
+            if others:
+                raise GraphError(f"{others[0].op.name} reads cache %{cache} as it was", source=self.name)
+
+
+def _scheduled(graph: Graph, buffers: Mapping[str, _Buffer]) -> list[Node]:
+    """The nodes with every append as a write and a read, and positions computed once per ids from the past's length."""
+    nodes: list[Node] = []
+    names: dict[str, str] = {}  # what is read instead
+    positions: dict[str, str] = {}  # by ids
+    for node in graph.nodes:
+        inputs = tuple(names.get(name, name) for name in node.inputs)
+        if isinstance(node.op, Positions) and inputs[1] in buffers:
+            first = positions.setdefault(inputs[0], node.outputs[0])
+            if first != node.outputs[0] and node.outputs[0] not in graph.outputs:
+                names[node.outputs[0]] = first
+            else:
+                nodes.append(Node(node.op, (inputs[0], PAST), node.outputs))
+        elif isinstance(node.op, KvAppend):
+            (cache, new), (grown,) = inputs, node.outputs
+            buffer = buffers[cache]
+            names[grown] = f"{grown}.visible"
+            read = KvRead(buffer.layout, buffer.ring_window)
+            nodes.append(Node(KvWrite(buffer.layout), (cache, new, PAST), (grown,)))
+            nodes.append(Node(read, (grown, new, PAST), (names[grown],)))
+        else:
+            nodes.append(Node(node.op, inputs, node.outputs))
+    return nodes
+
+
+def _layer_facts(index: int, layout: str, cache: TensorType, window: int | None) -> dict[str, Any]:
+    heads, capacity, dim = map(int, cache.shape[1:])
+    return {
+        "index": index,
+        "layout": layout,
+        "capacity": capacity,
+        "window": window,
+        "heads": heads,
+        "head_dim": dim,
+        "dtype": cache.dtype.value,
+        "bytes_per_token": 2 * heads * dim * _BYTES[cache.dtype],
+    }

@@ -33,17 +33,20 @@ class SelectRowsEarly(Pass):
         if len(selections) != 1:
             return PassResult(graph, False)
         (selection,) = selections
+        if selection.inputs[1] in graph.producer:  # may not be computed yet where the selection would go
+            return PassResult(graph, False)
         moved = self._movable(graph, selection)
         if not moved:
             return PassResult(graph, False)
         x, rows = selection.inputs
+        inside = {id(node) for node in moved}
         names = {name: f"{name}.rows" for node in moved for name in node.outputs}
         names[x] = selection.outputs[0]
         nodes: list[Node] = []
         for node in graph.nodes:
             if node is selection:
                 continue
-            if id(node) not in {id(one) for one in moved}:
+            if id(node) not in inside:
                 nodes.append(node)
                 continue
             for name in node.inputs:
@@ -66,8 +69,13 @@ class SelectRowsEarly(Pass):
                 and all(id(user) in inside for user in users)
                 and not set(node.outputs) & set(graph.outputs)
             )
-            # Downstream of the selection, rows are picked already.
-            if leads and isinstance(node.op, _ROW_WISE) and len(graph.types[node.outputs[0]].shape) == 3:
+            if leads and isinstance(node.op, _ROW_WISE) and self._keeps_tokens(graph, node):
                 moved.append(node)
                 inside.add(id(node))
         return moved[::-1]
+
+    def _keeps_tokens(self, graph: Graph, node: Node) -> bool:
+        """Whether all that the node reads and writes is ``[B, S, ...]``, or the same for every token."""
+        tokens = graph.types[node.outputs[0]].shape[:-1]
+        shapes = [graph.types[name].shape for name in node.inputs if name not in graph.weight]
+        return len(tokens) == 2 and all(len(shape) < 2 or shape[:-1] == tokens for shape in shapes)

@@ -123,7 +123,7 @@ def compile(
                     vocab_size=config.vocab,
                     trained_context=config.trained_context,
                 ),
-                target=TargetFacts(backend, target),
+                target=TargetFacts(backend, engine.runs_on),
                 options=Options(activations, context),
                 kv_cache=_kv_plan(result.facts["kv_cache"]),
                 tokenizer=TokenizerFacts(

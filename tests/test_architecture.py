@@ -65,7 +65,15 @@ EXPORTS = {
         "show",
         "verify",
     ],
-    "rlxc.passes": [],
+    "rlxc.passes": [
+        "NoMatch",
+        "Pass",
+        "PassReport",
+        "PassResult",
+        "PipelineResult",
+        "default_passes",
+        "run_passes",
+    ],
     "rlxc.runtime": ["Completion", "Piece", "Session", "StopReason", "Stream", "load"],
 }
 

@@ -44,7 +44,7 @@ DIGEST = "0123456789abcdef" * 4
 MANIFEST = Manifest(
     rlxc="0.1.0",
     model=ModelFacts("gemma3", "tiny", DIGEST, layers=2, vocab_size=32, trained_context=1024),
-    target=TargetFacts("onnx", "native"),
+    target=TargetFacts("onnx", "onnxruntime>=1.31"),
     options=Options("int8", context=64),
     kv_cache=KvPlan(
         context=64,

@@ -63,10 +63,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What the artifact runs on."""
+    """What the artifact runs on; ``runs_on`` is a claim that the backend's engine checks."""
 
     backend: BackendName
-    name: str
+    runs_on: str
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class Backend(Protocol):
     """What every backend offers."""
 
     name: str
+    runs_on: str
+    """What must be there to run the artifact; its engine checks this."""
     features: TargetFeatures
 
     def build(

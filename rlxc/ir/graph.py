@@ -151,6 +151,23 @@ class Graph:
         users = self.users.get(name, ())
         return users[0] if len(users) == 1 and name not in self.outputs else None
 
+    def stored(self, weight: Weight) -> Weight:
+        """The weight that has bytes, at the end of this one's chain of aliases.
+
+        Raises:
+            GraphError: the chain leads back to itself, or to no weight.
+        """
+        chain = [weight.name]
+        while isinstance(weight.recipe, Alias):
+            target = weight.recipe.target
+            if target in chain:
+                raise GraphError(f"@{' -> @'.join([*chain, target])} is a cycle of aliases")
+            if target not in self.weight:
+                raise GraphError(f"@{weight.name} is an alias of @{target}, which is not a weight")
+            weight = self.weight[target]
+            chain.append(target)
+        return weight
+
     def with_nodes(self, nodes: Iterable[Node], weights: Iterable[Weight] | None = None) -> Graph:
         """This graph with other nodes, and with other weights where they are given."""
         kept = self.weights if weights is None else tuple(weights)

@@ -51,8 +51,8 @@ def weight_array(graph: Graph, weight: Weight, read: ReadTensor) -> Floats:
     match weight.recipe:
         case Source(tensor):
             return read(tensor).astype(np.float64)
-        case Alias(target):
-            return weight_array(graph, graph.weight[target], read)
+        case Alias():
+            return weight_array(graph, graph.stored(weight), read)
         case Concat(parts):
             return np.concatenate([weight_array(graph, part, read) for part in parts])
 
@@ -210,8 +210,8 @@ def _(op: ops.KvWrite, cache: Floats, new: Floats, past: Array) -> Array:
 
 def _write(layout: str, cache: Floats, new: Floats, past: int) -> Floats:
     capacity, step = cache.shape[2], new.shape[1]
-    if layout == "linear" and past + step > capacity:
-        raise GraphError(f"{past} + {step} rows do not fit a cache of {capacity}")
+    if (past + step if layout == "linear" else step) > capacity:
+        raise GraphError(f"{past} + {step} rows do not fit a {layout} cache of {capacity}")
     slots = (past + np.arange(step)) % capacity
     written = cache.copy()
     written[:, :, slots] = _rows(new, cache.shape[1])

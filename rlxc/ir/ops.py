@@ -59,6 +59,18 @@ def _f32(*shape: Dim) -> TensorType:
     return TensorType(DType.F32, shape)
 
 
+def _part_size(op: Op, x: TensorType, parts: int) -> int:
+    """The size of each of ``parts`` equal parts of the last dimension of ``x``, which must be f32."""
+    op.require(x.dtype is DType.F32, f"needs f32, got {x}")
+    size = x.shape[-1] if x.shape else None
+    op.require(
+        isinstance(size, int) and parts > 0 and size % parts == 0,
+        f"the last dimension of {x} must be a multiple of {parts}",
+    )
+    assert isinstance(size, int)
+    return size // parts
+
+
 # --- constants and elementwise arithmetic -----------------------------------------------------------------------
 
 
@@ -76,13 +88,13 @@ class Constant(Op):
 
 @dataclass(frozen=True)
 class Binary(Op):
-    """Elementwise arithmetic of two f32 tensors; the second may have fewer leading dimensions, or be a scalar."""
+    """Elementwise arithmetic of two f32 tensors, one of which may broadcast to the other as in numpy."""
 
     arity = (2, 2)
 
     def shape_rule(self, inputs: Types) -> Types:
         """The shape of the larger input."""
-        a, b = sorted(inputs, key=lambda t: len(t.shape), reverse=True)
+        b, a = sorted(inputs, key=lambda t: (len(t.shape), [dim != 1 for dim in t.shape]))
         self.require(a.dtype is b.dtype is DType.F32, f"needs f32, got {a} and {b}")
         tail = a.shape[len(a.shape) - len(b.shape) :]
         fits = all(y in (x, 1) for x, y in zip(tail, b.shape))
@@ -142,6 +154,7 @@ class Mean(Unary):
     def shape_rule(self, inputs: Types) -> Types:
         """``[..., 1]``."""
         (x,) = super().shape_rule(inputs)
+        self.require(len(x.shape) > 0, f"needs a last dimension, got {x}")
         return (_f32(*x.shape[:-1], 1),)
 
 
@@ -162,11 +175,7 @@ class RmsNorm(Op):
     def shape_rule(self, inputs: Types) -> Types:
         """The shape of x."""
         x, weight = inputs
-        self.require(x.dtype is weight.dtype is DType.F32, f"needs f32, got {x} and {weight}")
-        size = x.shape[-1]
-        self.require(
-            isinstance(size, int) and weight.shape == (size // self.heads,), f"weight {weight} for {x}"
-        )
+        self.require(weight == _f32(_part_size(self, x, self.heads)), f"weight {weight} for {x}")
         return (x,)
 
 
@@ -184,7 +193,7 @@ class AddRmsNorm(Op):
         """Twice the shape of x."""
         x, residual, weight = inputs
         self.require(x == residual, f"residual {residual} for {x}")
-        self.require(weight.shape == x.shape[-1:], f"weight {weight} for {x}")
+        self.require(weight == _f32(_part_size(self, x, 1)), f"weight {weight} for {x}")
         return (x, x)
 
 
@@ -210,14 +219,17 @@ class _Linear(Op):
     """``y = x W^T + bias``. Inputs: x ``f32[..., in]``, weight ``[out, in]``, optional bias ``f32[out]``."""
 
     arity = (2, 3)
-    packed: ClassVar[bool]
+    formats: ClassVar[frozenset[DType]]
+    """The types that the weight may have."""
 
     def shape_rule(self, inputs: Types) -> Types:
         """``f32[..., out]``."""
         x, weight = inputs[:2]
         self.require(x.dtype is DType.F32, f"x must be f32, got {x}")
-        self.require(weight.dtype.is_packed is self.packed, f"cannot read a weight of type {weight}")
-        self.require(len(weight.shape) == 2 and weight.shape[1] == x.shape[-1], f"weight {weight} for x {x}")
+        self.require(weight.dtype in self.formats, f"cannot read a weight of type {weight}")
+        self.require(
+            len(weight.shape) == 2 and x.shape[-1:] == weight.shape[1:], f"weight {weight} for x {x}"
+        )
         for bias in inputs[2:]:
             self.require(bias == _f32(weight.shape[0]), f"bias {bias} for weight {weight}")
         return (_f32(*x.shape[:-1], weight.shape[0]),)
@@ -227,14 +239,14 @@ class _Linear(Op):
 class MatMul(_Linear):
     """``y = x W^T + bias`` with a float weight (f32, f16 or bf16)."""
 
-    packed = False
+    formats = frozenset((DType.F32, DType.F16, DType.BF16))
 
 
 @dataclass(frozen=True)
 class DequantMatMul(_Linear):
     """``y = x W^T + bias`` with a packed weight, decoded on the way to the multiplication."""
 
-    packed = True
+    formats = frozenset(dtype for dtype in DType if dtype.is_packed)
 
 
 @dataclass(frozen=True)
@@ -246,8 +258,8 @@ class Split(Op):
     def shape_rule(self, inputs: Types) -> Types:
         """One result per size."""
         (x,) = inputs
-        self.require(x.shape[-1] == sum(self.sizes), f"sizes {self.sizes} for {x}")
-        return tuple(TensorType(x.dtype, (*x.shape[:-1], size)) for size in self.sizes)
+        self.require(_part_size(self, x, 1) == sum(self.sizes), f"sizes {self.sizes} for {x}")
+        return tuple(_f32(*x.shape[:-1], size) for size in self.sizes)
 
 
 @dataclass(frozen=True)
@@ -262,11 +274,8 @@ class Glu(Op):
     def shape_rule(self, inputs: Types) -> Types:
         """``f32[..., F]``."""
         (x,) = inputs
-        size = x.shape[-1]
         self.require(self.activation in ("silu", "gelu"), f"unknown activation {self.activation!r}")
-        self.require(isinstance(size, int) and size % 2 == 0, f"needs an even last dimension, got {x}")
-        assert isinstance(size, int)
-        return (_f32(*x.shape[:-1], size // 2),)
+        return (_f32(*x.shape[:-1], _part_size(self, x, 2)),)
 
 
 @dataclass(frozen=True)
@@ -279,7 +288,7 @@ class SelectRows(Op):
         """``f32[B, R, N]``."""
         x, rows = inputs
         self.require(rows.dtype is DType.I64 and len(rows.shape) == 1, f"rows must be i64[R], got {rows}")
-        self.require(len(x.shape) == 3, f"x must be [B, S, N], got {x}")
+        self.require(x.dtype is DType.F32 and len(x.shape) == 3, f"x must be f32[B, S, N], got {x}")
         return (_f32(x.shape[0], rows.shape[0], x.shape[2]),)
 
 
@@ -299,8 +308,9 @@ class Positions(Op):
         """``i64[B, S]``."""
         ids, past = inputs
         scalar = past == TensorType(DType.I32, ())
+        self.require(ids.dtype is DType.I64 and len(ids.shape) == 2, f"ids must be i64[B, S], got {ids}")
         self.require(scalar or len(past.shape) == 4, f"past must be i32[] or a cache, got {past}")
-        return (TensorType(DType.I64, ids.shape),)
+        return (ids,)
 
 
 @dataclass(frozen=True)
@@ -317,14 +327,9 @@ class Rope(Op):
     def shape_rule(self, inputs: Types) -> Types:
         """The shape of x."""
         x, positions = inputs[:2]
+        self.require(len(x.shape) == 3, f"x must be f32[B, S, heads * D], got {x}")
         self.require(positions == TensorType(DType.I64, x.shape[:2]), f"positions {positions} for {x}")
-        size = x.shape[-1]
-        fits = isinstance(size, int) and size % self.heads == 0 and self.spec.dim <= size // self.heads
-        self.require(fits, f"{self.heads} heads with {self.spec.dim} rotated channels do not fit {x}")
-        for factors in inputs[2:]:
-            self.require(
-                factors == _f32(self.spec.dim // 2), f"factors {factors}, expected {self.spec.dim // 2}"
-            )
+        _check_rope(self, self.spec, _part_size(self, x, self.heads), inputs[2:])
         return (x,)
 
 
@@ -382,7 +387,8 @@ class KvRead(Op):
         batch, heads, _, dim = _cache_shape(self, cache, new)
         _check_layout(self, self.layout, past)
         self.require(
-            (self.layout == "ring") is (self.window is not None), "a ring has a window, a linear cache none"
+            (self.layout == "ring") is (self.window is not None),
+            "a ring is read by window, a linear cache is not",
         )
         return (_f32(batch, heads, "visible", dim),)
 
@@ -404,8 +410,8 @@ class Attention(Op):
     def shape_rule(self, inputs: Types) -> Types:
         """The shape of q."""
         q, k, v = inputs
-        self.require(k == v and len(k.shape) == 4, f"keys {k} and values {v} differ")
-        _check_heads(self, self.heads, q, k)
+        self.require(k == v, f"keys {k} and values {v} differ")
+        _check_heads(self, self.heads, q, _cache_dims(self, k))
         return (q,)
 
 
@@ -429,23 +435,33 @@ class GroupQueryAttention(Op):
         """The shapes of q and of the two caches."""
         q, k, v, key_cache, value_cache, past = inputs[:6]
         self.require(k == v and key_cache == value_cache, "keys and values differ in shape")
-        _cache_shape(self, key_cache, k)
+        cache = _cache_shape(self, key_cache, k)
         _check_layout(self, self.layout, past)
-        _check_heads(self, self.heads, q, key_cache)
+        self.require(self.layout == "linear" or self.window is not None, "a ring has a window")
+        _check_heads(self, self.heads, q, cache)
+        self.require(q.shape[1] == k.shape[1], f"q {q} and k {k} differ in tokens")
+        self.require(self.rope is not None or not inputs[6:], "rope factors without rope")
+        if self.rope is not None:
+            _check_rope(self, self.rope, cache[3], inputs[6:])
         return (q, key_cache, value_cache)
 
 
-def _cache_shape(op: Op, cache: TensorType, new: TensorType) -> tuple[Dim, ...]:
-    op.require(len(cache.shape) == 4 and len(new.shape) == 3, f"cache {cache} and new rows {new}")
-    batch, heads, _, dim = cache.shape
-    op.require(
-        isinstance(heads, int) and isinstance(dim, int), f"heads and head dim of {cache} must be numbers"
-    )
+def _cache_dims(op: Op, cache: TensorType) -> tuple[Dim, int, Dim, int]:
+    """``B, K, T, D`` of a cache."""
+    op.require(cache.dtype is DType.F32 and len(cache.shape) == 4, f"a cache is f32[B, K, T, D], got {cache}")
+    batch, heads, length, dim = cache.shape
+    numbers = isinstance(heads, int) and isinstance(dim, int) and heads > 0
+    op.require(numbers, f"heads and head dim of {cache} must be numbers")
     assert isinstance(heads, int) and isinstance(dim, int)
-    op.require(
-        new.shape[0] == batch and new.shape[2] == heads * dim, f"new rows {new} do not fit cache {cache}"
-    )
-    return cache.shape
+    return batch, heads, length, dim
+
+
+def _cache_shape(op: Op, cache: TensorType, new: TensorType) -> tuple[Dim, int, Dim, int]:
+    """``B, K, T, D`` of a cache that takes rows of the type ``new``."""
+    batch, heads, length, dim = _cache_dims(op, cache)
+    fits = len(new.shape) == 3 and new == _f32(batch, new.shape[1], heads * dim)
+    op.require(fits, f"new rows {new} do not fit cache {cache}")
+    return batch, heads, length, dim
 
 
 def _check_layout(op: Op, layout: str, past: TensorType) -> None:
@@ -453,8 +469,15 @@ def _check_layout(op: Op, layout: str, past: TensorType) -> None:
     op.require(past == TensorType(DType.I32, ()), f"past length must be i32[], got {past}")
 
 
-def _check_heads(op: Op, heads: int, q: TensorType, cache: TensorType) -> None:
-    kv_heads, dim = cache.shape[1], cache.shape[3]
-    assert isinstance(kv_heads, int) and isinstance(dim, int)
-    op.require(q.shape[-1] == heads * dim, f"q {q} does not hold {heads} heads of {dim}")
+def _check_heads(op: Op, heads: int, q: TensorType, cache: tuple[Dim, int, Dim, int]) -> None:
+    batch, kv_heads, _, dim = cache
+    fits = len(q.shape) == 3 and q == _f32(batch, q.shape[1], heads * dim)
+    op.require(fits, f"q {q} does not hold {heads} heads of {dim}")
     op.require(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads")
+
+
+def _check_rope(op: Op, spec: RopeSpec, head_dim: int, factors: Types) -> None:
+    fits = spec.dim <= head_dim and spec.dim % 2 == 0
+    op.require(fits, f"{spec.dim} rotated channels do not fit a head of {head_dim}")
+    for given in factors:
+        op.require(given == _f32(spec.dim // 2), f"factors {given}, expected {spec.dim // 2}")

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import re
+from abc import ABCMeta
 from collections.abc import Iterator
 
 from rlxc.dtypes import DType
@@ -29,10 +29,7 @@ from rlxc.ir.rope import RopeSpec, Yarn
 _OPS: dict[str, type[ops.Op]] = {
     name: cls
     for name, cls in vars(ops).items()
-    if isinstance(cls, type)
-    and issubclass(cls, ops.Op)
-    and not inspect.isabstract(cls)
-    and not name.startswith("_")
+    if isinstance(cls, ABCMeta) and issubclass(cls, ops.Op) and not cls.__subclasses__()
 }
 _RECORDS = {"RopeSpec": RopeSpec, "Yarn": Yarn}
 
@@ -91,6 +88,7 @@ def parse(text: str) -> Graph:
 
     Raises:
         ParseError: with the line that cannot be read, or whose types disagree with the ops' rules.
+        GraphError: types are stated, and the ops' rules refuse the graph.
     """
     name = ""
     inputs: list[Value] = []
@@ -103,8 +101,8 @@ def parse(text: str) -> Graph:
         if not line or line.startswith("#"):
             continue
         reader = _Reader(line, number)
-        if line.startswith("graph "):
-            name = line.split(None, 1)[1]
+        if reader.take("graph"):
+            name = reader.rest()
         elif reader.take("input"):
             inputs.append(Value(reader.name("%"), reader.type()))
         elif reader.take("weight"):
@@ -115,8 +113,7 @@ def parse(text: str) -> Graph:
             node, types = reader.node()
             nodes.append(node)
             stated += [(number, result, type_) for result, type_ in zip(node.outputs, types)]
-        if not line.startswith("graph "):
-            reader.end()
+        reader.end()
     graph = Graph(name, tuple(inputs), tuple(outputs), tuple(nodes), tuple(weights))
     for number, result, type_ in stated:
         if graph.types[result] != type_:
@@ -126,7 +123,8 @@ def parse(text: str) -> Graph:
     return graph
 
 
-_TOKEN = re.compile(r'\s*(%[\w.+/\-]+|@[\w.+/\-]+|[A-Za-z_]\w*|\d+(?:\+\w+)*|"[^"]*"|[=:;,()\[\]])')
+_TOKEN = re.compile(r'\s*(%[\w.+/\-]+|@[\w.+/\-]+|[A-Za-z_]\w*|"[^"]*"|[=:;,()\[\]])')
+_DIM = re.compile(r"\w+(?:\+\w+)*")
 
 
 class _Reader:
@@ -159,6 +157,11 @@ class _Reader:
         if not self.take(token):
             raise self.fail(repr(token))
 
+    def rest(self) -> str:
+        found = self.line[self.at :].strip()
+        self.at = len(self.line)
+        return found
+
     def end(self) -> None:
         if self.line[self.at :].strip():
             raise self.fail("the end of the line")
@@ -180,8 +183,10 @@ class _Reader:
             raise self.fail("a shape in brackets")
         inside = self.line[self.line.index("[", self.at) + 1 : closing]
         self.at = closing + 1
-        dims = (part.strip() for part in inside.split(",")) if inside.strip() else ()
-        shape: tuple[Dim, ...] = tuple(int(dim) if dim.isdigit() else dim for dim in dims)
+        dims = [part.strip() for part in inside.split(",")] if inside.strip() else []
+        if not all(_DIM.fullmatch(dim) for dim in dims):
+            raise self.fail(f"dimensions instead of {inside!r}")
+        shape: tuple[Dim, ...] = tuple(int(dim) if dim.isdecimal() else dim for dim in dims)
         return TensorType(DType(spelling), shape)
 
     def weight(self) -> Weight:
@@ -227,6 +232,8 @@ class _Reader:
             types.append(self.type())
             while self.take(","):
                 types.append(self.type())
+            if len(types) != len(outputs):
+                raise self.fail(f"{len(outputs)} types instead of {len(types)}")
         return Node(self._op(op_name, attributes), tuple(inputs), tuple(outputs)), types
 
     def _attributes(self) -> str:

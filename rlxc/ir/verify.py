@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from rlxc.errors import GraphError, VerifyError
 from rlxc.ir.graph import Alias, Concat, Graph, Node, Weight
 
@@ -17,38 +19,37 @@ def verify(graph: Graph, *, after: str = "") -> None:
         VerifyError: naming `after`, the node, and the nodes that its inputs come from.
     """
     try:
-        _check_names(graph)
+        _check_interface(graph)
         for weight in graph.weights:
             _check_recipe(graph, weight)
-        types = graph.types
-    except VerifyError as error:
-        raise VerifyError(error.problem, source=after or graph.name) from None
+        _check_types(graph)
     except GraphError as error:
-        problem = f"{error}{_blame(graph)}"
-        raise VerifyError(problem, source=after or graph.name) from None
-    for name in graph.outputs:
-        if name not in types or name in graph.weight:
-            raise VerifyError(f"output %{name} is not a value of the graph", source=after or graph.name)
+        raise VerifyError(str(error), source=after or graph.name) from None
 
 
-def _check_names(graph: Graph) -> None:
-    names = [value.name for value in graph.inputs] + [weight.name for weight in graph.weights]
-    names += [name for node in graph.nodes for name in node.outputs]
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise VerifyError(f"{name!r} is defined twice")
-        seen.add(name)
+def _check_interface(graph: Graph) -> None:
+    """Inputs, weights and outputs; what nodes define twice is found with their types."""
+    names: set[str] = set()
+    for name in (*(value.name for value in graph.inputs), *(weight.name for weight in graph.weights)):
+        if name in names:
+            raise GraphError(f"{name!r} is defined twice")
+        names.add(name)
+    values = {value.name for value in graph.inputs} | graph.producer.keys()
+    for i, name in enumerate(graph.outputs):
+        if name not in values:
+            raise GraphError(f"output %{name} is not a value of the graph")
+        if name in graph.outputs[:i]:
+            raise GraphError(f"output %{name} is listed twice")
 
 
 def _check_recipe(graph: Graph, weight: Weight) -> None:
     match weight.recipe:
-        case Alias(target):
-            known = graph.weight.get(target)
-            if known is None:
-                raise VerifyError(f"@{weight.name} is an alias of @{target}, which is not a weight")
-            if known.type != weight.type:
-                raise VerifyError(f"@{weight.name} is {weight.type}, its target @{target} is {known.type}")
+        case Alias():
+            stored = graph.stored(weight)
+            if stored.type != weight.type:
+                raise GraphError(
+                    f"@{weight.name} is {weight.type}, its target @{stored.name} is {stored.type}"
+                )
         case Concat(parts):
             columns = {part.type.shape[1:] for part in parts}
             rows = [part.type.shape[0] for part in parts]
@@ -58,21 +59,28 @@ def _check_recipe(graph: Graph, weight: Weight) -> None:
                 or len(numbers) != len(rows)
                 or sum(numbers) != weight.type.shape[0]
             ):
-                raise VerifyError(
+                raise GraphError(
                     f"@{weight.name} is {weight.type}, its parts have rows {rows} and columns {columns}"
                 )
             for part in parts:
                 _check_recipe(graph, part)
 
 
-def _blame(graph: Graph) -> str:
-    """The first node that the shape rules refuse, with the nodes that feed it."""
-    for end in range(1, len(graph.nodes) + 1):
-        try:
-            _ = graph.with_nodes(graph.nodes[:end]).types
-        except GraphError:
-            return _describe(graph, graph.nodes[end - 1])
-    return ""
+def _check_types(graph: Graph) -> None:
+    try:
+        _ = graph.types
+    except GraphError as error:
+        first = bisect_left(range(len(graph.nodes)), True, key=lambda i: _is_refused(graph, i + 1))
+        raise GraphError(f"{error} ({_describe(graph, graph.nodes[first])})") from None
+
+
+def _is_refused(graph: Graph, count: int) -> bool:
+    """Whether the shape rules refuse one of the first ``count`` nodes."""
+    try:
+        _ = graph.with_nodes(graph.nodes[:count]).types
+    except GraphError:
+        return True
+    return False
 
 
 def _describe(graph: Graph, node: Node) -> str:
@@ -80,4 +88,4 @@ def _describe(graph: Graph, node: Node) -> str:
         f"%{name} from {graph.producer[name].op.name}" for name in node.inputs if name in graph.producer
     ]
     origin = f", with {', '.join(feeders)}" if feeders else ""
-    return f" (node %{', %'.join(node.outputs)} = {node.op.name}{origin})"
+    return f"node %{', %'.join(node.outputs)} = {node.op.name}{origin}"

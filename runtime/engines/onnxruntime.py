@@ -16,6 +16,10 @@ Floats = npt.NDArray[np.float32]
 
 _CPU = ("cpu", 0)
 
+# GroupQueryAttention's window changed meaning in between: a model for the one must not run on the other.
+_IS_CURRENT = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 31)
+_RUNS = "onnxruntime>=1.31" if _IS_CURRENT else "onnxruntime<1.24"
+
 # ONNX Runtime's exceptions have no base class of their own.
 _LOAD_ERRORS = (
     RuntimeError,
@@ -57,6 +61,12 @@ class OnnxRuntimeEngine:
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         manifest = artifact.manifest
+        if manifest.target.runs_on != _RUNS:
+            raise SessionError(
+                f"compiled for {manifest.target.runs_on}, this is onnxruntime {ort.__version__}",
+                source=artifact.path,
+                remedy="compile the model again here, or install that version",
+            )
         self.vocab_size = manifest.model.vocab_size
         self.context = manifest.kv_cache.context
         self.max_step = manifest.kv_cache.max_step

@@ -1,8 +1,9 @@
-"""Packed tensors with sane random values, and a graph run through the ONNX backend."""
+"""Graphs on random packed tensors, run through the ONNX backend and by the interpreter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,33 +17,38 @@ import pytest
 from rlxc.backends import BuildOptions
 from rlxc.backends.onnx import OnnxBackend
 from rlxc.dtypes import DType
-from rlxc.ir import Graph, Source, interp
+from rlxc.ir import Concat, Graph, Source, interp, parse
 from rlxc.weights.formats import FORMATS
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array]
 
 
 class RandomTensors:
     """A model file in memory: a random tensor, packed and decoded, for every source in a graph."""
 
-    def __init__(self, graph: Graph, seed: int = 0) -> None:
+    def __init__(self, graph: Graph, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.packed: dict[str, npt.NDArray[np.uint8]] = {}
         self.decoded: dict[str, npt.NDArray[np.float32]] = {}
         pending = list(graph.weights)
         while pending:
             weight = pending.pop()
+            if isinstance(weight.recipe, Concat):
+                pending += weight.recipe.parts
             if not isinstance(weight.recipe, Source):
-                pending += getattr(weight.recipe, "parts", ())
                 continue
             shape = tuple(map(int, weight.type.shape))
+            fmt = FORMATS[weight.type.dtype]
             data = random_bytes(weight.type.dtype, shape, rng)
-            rows = data.reshape(-1, FORMATS[weight.type.dtype].row_bytes(shape[-1]))
+            rows = data.reshape(-1, fmt.row_bytes(shape[-1]))
             self.packed[weight.recipe.tensor] = data
-            self.decoded[weight.recipe.tensor] = FORMATS[weight.type.dtype].decode(rows, shape[-1]).reshape(shape)
+            self.decoded[weight.recipe.tensor] = fmt.decode(rows, shape[-1]).reshape(shape)
 
 
-def random_bytes(dtype: DType, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def random_bytes(
+    dtype: DType, shape: tuple[int, ...], rng: np.random.Generator
+) -> npt.NDArray[np.uint8]:
     """Any codes and sub-scales, but f16 scales and minimums of a sane size."""
     fmt = FORMATS[dtype]
     if fmt.is_float:
@@ -80,7 +86,7 @@ class FolderFile:
     ) -> None:
         self.stream.close()
 
-    def write(self, data: npt.NDArray[Any]) -> None:
+    def write(self, data: Array) -> None:
         self.stream.write(np.ascontiguousarray(data).tobytes())
 
     def tell(self) -> int:
@@ -90,29 +96,60 @@ class FolderFile:
         self.stream.write(b"\0" * (-self.stream.tell() % multiple))
 
 
-RunOnnx = Callable[..., dict[str, npt.NDArray[Any]]]
+@dataclass(frozen=True)
+class Built:
+    """A graph built by the ONNX backend, beside its tensors."""
+
+    graph: Graph
+    tensors: RandomTensors
+    folder: Path
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        return onnx.load(self.folder / "model.onnx", load_external_data=False)
+
+    def region(self, initializer: str) -> Array:
+        """An initializer's values, read from the weights file with numpy alone."""
+        tensor = next(t for t in self.model.graph.initializer if t.name == initializer)
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        count, offset = int(entries["length"]) // dtype.itemsize, int(entries["offset"])
+        return np.fromfile(self.folder / entries["location"], dtype, count, offset=offset).reshape(tensor.dims)
+
+    def open(self) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        return ort.InferenceSession(self.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def run(self, feeds: Arrays, session: ort.InferenceSession | None = None) -> dict[str, Array]:
+        """The graph's outputs by name; ``past_length`` becomes the mask that stands for it."""
+        fed = {name: array for name, array in feeds.items() if name != "past_length"}
+        if "past_length" in feeds:
+            total = int(feeds["past_length"]) + next(a.shape[1] for a in fed.values() if a.ndim in (2, 3))
+            fed["attention_mask"] = np.ones((1, total), np.int64)
+        outputs = list(self.graph.outputs)
+        return dict(zip(outputs, (session or self.open()).run(outputs, fed)))
+
+    def interpret(self, feeds: Arrays) -> dict[str, Array]:
+        """The oracle's outputs for the same tensors."""
+        return interp.run(self.graph, feeds, self.tensors.decoded.__getitem__)
+
+
+Build = Callable[..., Built]
 
 
 @pytest.fixture
-def run_onnx(tmp_path: Path) -> RunOnnx:
-    """``run_onnx(graph, tensors, feeds, activations="float32", context=64)``: the graph's outputs by name."""
+def build(tmp_path: Path) -> Build:
+    """``build(ir_text, activations="float32", context=64, folder="built")``."""
 
-    def run(
-        graph: Graph, tensors: RandomTensors, feeds: Arrays, activations: str = "float32", context: int = 64
-    ) -> dict[str, npt.NDArray[Any]]:
+    def build_(text: str, activations: str = "float32", context: int = 64, folder: str = "built") -> Built:
+        graph = parse(text)
+        built = Built(graph, RandomTensors(graph, seed=0), tmp_path / folder)
+        built.folder.mkdir()
         options = BuildOptions(activations, context)
-        OnnxBackend().build(graph, tensors.packed.__getitem__, FolderWriter(tmp_path), options, lambda name: None)
-        onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
-        session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-        fed = {name: array for name, array in feeds.items() if name != "past_length"}
-        if "past_length" in feeds:
-            total = int(feeds["past_length"]) + feeds["input_ids"].shape[1]
-            fed["attention_mask"] = np.ones((1, total), np.int64)
-        return dict(zip(graph.outputs, session.run(list(graph.outputs), fed)))
+        read = built.tensors.packed.__getitem__
+        OnnxBackend().build(graph, read, FolderWriter(built.folder), options, lambda name: None)
+        return built
 
-    return run
-
-
-def interpret(graph: Graph, tensors: RandomTensors, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
-    """The oracle's outputs for the same graph and tensors."""
-    return interp.run(graph, feeds, tensors.decoded.__getitem__)
+    return build_

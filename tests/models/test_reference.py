@@ -42,7 +42,9 @@ def test_compiled_logits_equal_llama_cpp_s(
 def test_int8_activations_stay_close(variant: str, tiny_artifact: Compile, llama_cpp_logits: Reference) -> None:
     with rlxc.load(tiny_artifact(variant, "int8", CONTEXT), threads=1) as session:
         divergence = mean_divergence(llama_cpp_logits[variant], session.score(TEXT))
-    assert divergence < 1e-3, divergence
+    # llama.cpp's own rounding of activations costs up to 7e-4 on these models. Codes that were not centred on zero
+    # cost twice that in the formats with minimums.
+    assert divergence < 5e-4, divergence
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].tensor_types not in ("F32", "F16", "BF16")])

@@ -63,7 +63,7 @@ def tokenizer_json() -> bytes:
 MANIFEST = Manifest(
     rlxc="0.1.0",
     model=ModelFacts("gemma3", "tiny", "0" * 64, layers=1, vocab_size=VOCAB, trained_context=CONTEXT),
-    target=TargetFacts("onnx", "native"),
+    target=TargetFacts("onnx", "onnxruntime>=1.31"),
     options=Options("int8", context=CONTEXT),
     kv_cache=KvPlan(CONTEXT, MAX_STEP, 32, (KvLayer(0, "linear", CONTEXT, None, 1, 4, DType.F32, 32),)),
     tokenizer=TokenizerFacts(bos_id=BOS, eos_ids=(EOS,), add_bos=True, add_eos=False),
@@ -128,7 +128,8 @@ class FakeEngine:
         assert all(0 <= token < VOCAB for token in ids)
         assert all(0 <= row < len(ids) for row in rows)
         self._result.fill(np.nan)
-        self._result = np.stack([self.logits(cache.ids + ids[: row + 1].tolist()) for row in rows])
+        wanted = [self.logits(cache.ids + ids[: row + 1].tolist()) for row in rows]
+        self._result = np.stack(wanted) if wanted else np.empty((0, VOCAB), np.float32)
         self.steps.append(len(ids))
         cache.ids.extend(ids.tolist())
         return self._result

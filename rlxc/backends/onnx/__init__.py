@@ -11,6 +11,7 @@ from rlxc.artifact import ArtifactWriter
 from rlxc.backends import BuildOptions
 from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.model import build_model
+from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.backends.onnx.storage import ReadBytes, Storage
 from rlxc.backends.onnx.weights import write_weights
 from rlxc.dtypes import DType
@@ -24,15 +25,19 @@ class OnnxBackend:
     """Writes ``model.onnx`` and ``weights.bin``."""
 
     name = "onnx"
-    features = TargetFeatures(
-        # SkipSimplifiedLayerNormalization is slower here than Add and RMSNormalization.
-        add_rms_norm=False,
-        glu=True,
-        group_query_attention=True,
-        ring_cache=True,
-        storage={dtype: Storage.of(dtype).name for dtype in _PACKED},
-        widest={Storage.of(DType.Q8_0).name: DType.Q8_0},
-    )
+
+    def __init__(self) -> None:
+        self._runtime = installed_runtime()
+        self.runs_on = self._runtime.name
+        self.features = TargetFeatures(
+            # SkipSimplifiedLayerNormalization is slower here than Add and RMSNormalization.
+            add_rms_norm=False,
+            glu=True,
+            group_query_attention=True,
+            ring_cache=self._runtime.has_ring,
+            storage={dtype: Storage.of(dtype).name for dtype in _PACKED},
+            widest={Storage.of(DType.Q8_0).name: DType.Q8_0},
+        )
 
     def build(
         self,
@@ -65,6 +70,7 @@ class OnnxBackend:
                 stored,
                 file,
                 read_floats,
+                runtime=self._runtime,
                 int8=options.activations == "int8",
                 context=options.context,
             )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from rlxc.backends.onnx.external import Region, WeightsFile
+from rlxc.backends.onnx.runtime import Runtime
 from rlxc.backends.onnx.weights import Stored, StoredFloat, StoredPacked
 from rlxc.errors import UnsupportedError
 from rlxc.ir import Graph, Node, RopeSpec, ops
@@ -34,9 +35,11 @@ class Lowering:
         file: WeightsFile,
         read_floats: ReadFloats,
         *,
+        runtime: Runtime,
         int8: bool,
         context: int,
     ) -> None:
+        self.runtime = runtime
         self.graph, self.stored, self.file, self.read_floats = graph, stored, file, read_floats
         self.accuracy_level = 4 if int8 else 1
         self.context = context
@@ -77,7 +80,7 @@ class Lowering:
         return f"{name}.f32"
 
     def packed_inputs(self, name: str, weight: StoredPacked, *, gather: bool) -> list[str]:
-        """Codes, scales and zero points as ``GatherBlockQuantized`` or ``MatMulNBits`` takes them: the same bytes."""
+        """Codes and scales as ``MatMulNBits`` takes them, or, with zero points, ``GatherBlockQuantized``."""
         s, blocks = weight.storage, weight.blocks
         packed = (weight.columns * s.bits // 8,) if gather else (blocks, s.block * s.bits // 8)
         suffix = "table" if gather else "codes"
@@ -86,7 +89,7 @@ class Lowering:
             codes,
             self.external(f"{name}.scales", TensorProto.FLOAT, (weight.rows, blocks), weight.scales),
         ]
-        if weight.zero_points is not None:
+        if gather and weight.zero_points is not None:
             dims = (weight.rows, -(-blocks * s.bits // 8))
             inputs.append(self.external(f"{name}.zero_points", TensorProto.UINT8, dims, weight.zero_points))
         return inputs
@@ -255,7 +258,7 @@ def _(op: ops.DequantMatMul, node: Node, to: Lowering) -> None:
     product = out if weight.mins is None else f"{out}.product"
     inputs = [x, *to.packed_inputs(name, weight, gather=False)]
     if bias:
-        inputs += [""] * (5 - len(inputs)) + [to.float_weight(bias[0])]
+        inputs += ["", "", to.float_weight(bias[0])]
     to.add(
         "MatMulNBits",
         inputs,
@@ -269,8 +272,12 @@ def _(op: ops.DequantMatMul, node: Node, to: Lowering) -> None:
     )
     if weight.mins is None:
         return
+    # ONNX Runtime computes the offsets once, at load.
+    centre = to.constant(f"centre.{s.centre}", np.array(s.centre, np.float32))
+    to.add("Mul", [inputs[2], centre], [f"{out}.centres"])
+    to.add("Sub", [f"{out}.centres", to.mins(name, weight)], [f"{out}.offsets"])
     sums = to.block_sums(x, s.block)
-    to.add("FusedMatMul", [sums, to.mins(name, weight)], [f"{out}.offset"], MICROSOFT, transB=1, alpha=-1.0)
+    to.add("FusedMatMul", [sums, f"{out}.offsets"], [f"{out}.offset"], MICROSOFT, transB=1)
     to.add("Add", [product, f"{out}.offset"], [out])
 
 
@@ -295,7 +302,9 @@ def _(op: ops.GroupQueryAttention, node: Node, to: Lowering) -> None:
         tables = to.rope_tables(op.rope, *factors)
         attributes |= {"do_rotary": 1, "rotary_interleaved": int(op.rope.interleaved)}
     if op.window is not None:
-        attributes |= {"local_window_size": op.window, "sliding_window_cache": int(op.layout == "ring")}
+        attributes["local_window_size"] = op.window if to.runtime.counts_own_key else op.window - 1
+    if op.layout == "ring":
+        attributes["sliding_window_cache"] = 1
     inputs = [q, k, v, key_cache, value_cache, *to.lengths(), *tables]
     to.add("GroupQueryAttention", inputs, list(node.outputs), MICROSOFT, **attributes)
 

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.lower import MICROSOFT, Lowering, ReadFloats, lower
+from rlxc.backends.onnx.runtime import Runtime
 from rlxc.backends.onnx.weights import Stored
 from rlxc.dtypes import DType
 from rlxc.ir import Graph, TensorType
@@ -30,6 +31,7 @@ def build_model(
     file: WeightsFile,
     read_floats: ReadFloats,
     *,
+    runtime: Runtime,
     int8: bool,
     context: int,
 ) -> ModelProto:
@@ -40,13 +42,14 @@ def build_model(
         stored: where each weight lies.
         file: the weights file; position tables are appended to it.
         read_floats: gives small f32 weights (rope factors), which become part of those tables.
+        runtime: the ONNX Runtime that the model is for.
         int8: whether matrix products may quantise activations to int8; otherwise they stay f32.
         context: number of positions.
 
     Raises:
         UnsupportedError: an op has no ONNX equivalent.
     """
-    to = Lowering(graph, stored, file, read_floats, int8=int8, context=context)
+    to = Lowering(graph, stored, file, read_floats, runtime=runtime, int8=int8, context=context)
     for node in graph.nodes:
         lower(node.op, node, to)
     inputs = []

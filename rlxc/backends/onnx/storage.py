@@ -3,9 +3,13 @@
 Every block format decodes to small integers times an f32 scale per sub-block, less an f32 minimum per sub-block.
 The integers become unsigned codes of 4 or 8 bits with one zero point for the whole weight (a float zero point, or
 one per sub-block that holds the minimum, would fall off the fast path); the minimums become a small second matrix
-over the sub-blocks' sums of x:
+over the sub-blocks' sums of x. Codes of a format with minimums start at 0, but the product takes their middle, the
+``centre``, for zero, and the second matrix gives it back:
 
-    y = sum_b scale_b * (codes_b - zero_point) . x_b  -  sum_b min_b * sum(x_b)
+    y = sum_b scale_b * (codes_b - centre) . x_b  +  sum_b (centre * scale_b - min_b) * sum(x_b)
+
+The error of rounding x to int8 grows with what multiplies x: about zero, that is the weight's own size, and not the
+several times larger distance from its minimum.
 """
 
 from __future__ import annotations
@@ -43,9 +47,8 @@ class Storage:
         """The narrowest layout that holds every code of a packed format."""
         fmt = FORMATS[dtype]
         bits = 4 if fmt.code_max - fmt.code_min < 16 else 8
-        middle = 1 << (bits - 1)
-        fits_middle = -middle <= fmt.code_min and fmt.code_max < middle
-        return Storage(bits, fmt.sub_block, middle if fits_middle else -fmt.code_min, fmt.has_mins)
+        centre = (fmt.code_min + fmt.code_max + 1) // 2
+        return Storage(bits, fmt.sub_block, (1 << (bits - 1)) - centre, fmt.has_mins)
 
     @property
     def name(self) -> str:
@@ -53,9 +56,9 @@ class Storage:
         return f"u{self.bits}x{self.block}-{self.zero_point}{'-min' if self.has_mins else ''}"
 
     @property
-    def is_default_zero_point(self) -> bool:
-        """Whether ``MatMulNBits`` assumes this zero point when it is given none."""
-        return self.zero_point == 1 << (self.bits - 1)
+    def centre(self) -> int:
+        """The code that ``MatMulNBits`` takes for zero when it is given no zero points; 0 without minimums."""
+        return (1 << (self.bits - 1)) - self.zero_point
 
     def pack(self, codes: npt.NDArray[np.int8]) -> Bytes:
         """Codes ``int8 [rows, in]`` as bytes ``[rows, in * bits / 8]``, the first of a pair in the low bits."""

@@ -13,6 +13,7 @@ from rlxc.backends.onnx.external import Region, WeightsFile
 from rlxc.backends.onnx.storage import ReadBytes, Storage, float_rows, unpacked_rows
 from rlxc.dtypes import DType
 from rlxc.ir import Graph, Weight
+from rlxc.ir.ops import Embed
 
 _FLOAT_TYPES = {
     DType.F32: TensorProto.FLOAT,
@@ -31,7 +32,7 @@ class StoredFloat:
 
 @dataclass(frozen=True)
 class StoredPacked:
-    """A packed weight ``[rows, columns]``: codes and f32 scales; zero points and minimums where its format needs them."""
+    """A packed weight ``[rows, columns]``: codes, f32 scales, zero points and minimums if it has them."""
 
     storage: Storage
     rows: int
@@ -55,9 +56,10 @@ def write_weights(
 ) -> dict[str, Stored]:
     """Write every weight of the graph; ``progress`` is told each weight's name when it is written."""
     stored: dict[str, Stored] = {}
+    gathered = {node.inputs[1] for node in graph.nodes if isinstance(node.op, Embed)}
     for weight in graph.weights:
         stored[weight.name] = (
-            _write_packed(weight, read, file)
+            _write_packed(weight, read, file, weight.name in gathered)
             if weight.type.dtype.is_packed
             else _write_float(weight, read, file)
         )
@@ -69,7 +71,7 @@ def _write_float(weight: Weight, read: ReadBytes, file: WeightsFile) -> StoredFl
     return StoredFloat(_FLOAT_TYPES[weight.type.dtype], file.add(float_rows(weight, read)))
 
 
-def _write_packed(weight: Weight, read: ReadBytes, file: WeightsFile) -> StoredPacked:
+def _write_packed(weight: Weight, read: ReadBytes, file: WeightsFile, gathered: bool) -> StoredPacked:
     storage = Storage.of(weight.type.dtype)
     rows, columns = weight.type.shape
     assert isinstance(rows, int) and isinstance(columns, int)
@@ -86,7 +88,7 @@ def _write_packed(weight: Weight, read: ReadBytes, file: WeightsFile) -> StoredP
 
     region = file.add(codes())
     zero_points = None
-    if not storage.is_default_zero_point:
+    if gathered and storage.centre:
         zero_points = file.add([storage.zero_points(rows, columns // storage.block)])
     return StoredPacked(
         storage,

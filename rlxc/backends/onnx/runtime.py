@@ -1,0 +1,44 @@
+"""Which ONNX Runtime a model is for: its GroupQueryAttention changed meaning on the way to 1.31."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from rlxc.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A range of versions that run the same models.
+
+    ``has_ring`` tells whether GroupQueryAttention can keep a window in a ring; ``counts_own_key`` whether its window
+    includes the query's own key. The manifest names the range, and the engine refuses a model for the other.
+    """
+
+    name: str
+    has_ring: bool
+    counts_own_key: bool
+
+
+CURRENT = Runtime("onnxruntime>=1.31", has_ring=True, counts_own_key=True)
+FOR_PYTHON_3_10 = Runtime("onnxruntime<1.24", has_ring=False, counts_own_key=False)
+
+
+def installed_runtime() -> Runtime:
+    """The range that the installed ONNX Runtime is in; the current one where none is installed.
+
+    Raises:
+        UnsupportedError: it is a version in between, which nobody has checked.
+    """
+    try:
+        major, minor = map(int, version("onnxruntime").split(".")[:2])
+    except PackageNotFoundError:
+        return CURRENT
+    if (major, minor) >= (1, 31):
+        return CURRENT
+    if (major, minor) < (1, 24):
+        return FOR_PYTHON_3_10
+    raise UnsupportedError(
+        f"onnxruntime {major}.{minor} is not supported", remedy="pip install --upgrade 'onnxruntime>=1.31'"
+    )
