@@ -24,7 +24,7 @@ class FuseQkv(Pass):
         if not isinstance(node.op, Attention):
             return None
         traced = [_projection(graph, name) for name in node.inputs]
-        projections = [projection for projection in traced if projection is not None]
+        projections = [projection for projection in dict.fromkeys(traced) if projection is not None]
         if len(projections) < 2:
             return None
         group, reason = largest_stack(graph, projections, self.features)

@@ -99,15 +99,17 @@ class ScheduleKvCache(Pass):
             (cache, _), (grown,) = node.inputs, node.outputs
             if cache not in buffers or cache not in inputs:
                 raise GraphError(f"%{cache} is not a cache that an attention reads", source=self.name)
-            users = graph.users[grown]
+            users = graph.users.get(grown, ())
             if len(users) != 1 or not isinstance(users[0].op, Attention):
                 readers = ", ".join(user.op.name for user in users)
                 raise GraphError(
                     f"cache %{grown} is for one attention, its readers are {readers}", source=self.name
                 )
-            others = [user for user in graph.users[cache] if not isinstance(user.op, (KvAppend, Positions))]
+            others = [user for user in graph.users[cache] if user != node and not isinstance(user.op, Positions)]
             if others:
                 raise GraphError(f"{others[0].op.name} reads cache %{cache} as it was", source=self.name)
+        if len({graph.types[cache].shape[2] for cache in buffers}) > 1:
+            raise GraphError("the caches differ in length", source=self.name)
 
 
 def _scheduled(graph: Graph, buffers: Mapping[str, _Buffer]) -> list[Node]:

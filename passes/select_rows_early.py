@@ -77,5 +77,6 @@ class SelectRowsEarly(Pass):
     def _keeps_tokens(self, graph: Graph, node: Node) -> bool:
         """Whether all that the node reads and writes is ``[B, S, ...]``, or the same for every token."""
         tokens = graph.types[node.outputs[0]].shape[:-1]
-        shapes = [graph.types[name].shape for name in node.inputs if name not in graph.weight]
+        reads = node.inputs[:1] if isinstance(node.op, (DequantMatMul, MatMul)) else node.inputs
+        shapes = [graph.types[name].shape for name in reads]
         return len(tokens) == 2 and all(len(shape) < 2 or shape[:-1] == tokens for shape in shapes)

@@ -131,6 +131,9 @@ def compile(
                 ),
                 weights=_weight_entries(result.graph, registry),
             )
+            for name, content in engine.companion_files(manifest).items():
+                with writer.file(name) as sink:
+                    sink.write(content)
             artifact = writer.commit(manifest)
             tell("digests", 1, 1)
             return artifact

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.artifact import ArtifactWriter
+from rlxc.artifact import ArtifactWriter, Manifest
 from rlxc.errors import OptionError
 from rlxc.ir import Graph
 from rlxc.ir.target import TargetFeatures
@@ -43,6 +43,9 @@ class Backend(Protocol):
         progress: Callable[[str], None],
     ) -> None:
         """Write the files that the backend's engine will load."""
+
+    def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
+        """Small files that let other software load the artifact, by name."""
 
 
 def get_backend(name: str) -> Backend:

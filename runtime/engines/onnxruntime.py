@@ -97,18 +97,20 @@ class OnnxRuntimeEngine:
         The result is a view that the next step overwrites.
         """
         total = cache.position + len(ids)
-        if self._logits.shape[1] != len(rows):
-            self._logits = np.empty((1, len(rows), self.vocab_size), np.float32)
         binding = cache.binding
         binding.bind_cpu_input("input_ids", ids[None])
         binding.bind_cpu_input("attention_mask", self._mask[:, :total])
         # Binding a value rather than an array, because this input has a default and is not among the model's inputs.
         binding.bind_ortvalue_input("logit_rows", ort.OrtValue.ortvalue_from_numpy(rows))
-        binding.bind_output("logits", *_CPU, np.float32, self._logits.shape, self._logits.ctypes.data)
+        if len(rows) == 1:
+            binding.bind_output("logits", *_CPU, np.float32, self._logits.shape, self._logits.ctypes.data)
+        else:  # The model declares one row, and takes no buffer of another shape.
+            binding.bind_output("logits", *_CPU)
         self._session.run_with_iobinding(binding)
         cache.position = total
-        logits: Floats = self._logits[0]
-        return logits
+        logits = self._logits if len(rows) == 1 else binding.get_outputs()[-1].numpy()
+        result: Floats = logits[0]
+        return result
 
     def close(self) -> None:
         """Release the session's memory and threads."""

@@ -46,9 +46,7 @@ class RandomTensors:
             self.decoded[weight.recipe.tensor] = fmt.decode(rows, shape[-1]).reshape(shape)
 
 
-def random_bytes(
-    dtype: DType, shape: tuple[int, ...], rng: np.random.Generator
-) -> npt.NDArray[np.uint8]:
+def random_bytes(dtype: DType, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Any codes and sub-scales, but f16 scales and minimums of a sane size."""
     fmt = FORMATS[dtype]
     if fmt.is_float:
@@ -114,7 +112,9 @@ class Built:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         count, offset = int(entries["length"]) // dtype.itemsize, int(entries["offset"])
-        return np.fromfile(self.folder / entries["location"], dtype, count, offset=offset).reshape(tensor.dims)
+        return np.fromfile(self.folder / entries["location"], dtype, count, offset=offset).reshape(
+            tensor.dims
+        )
 
     def open(self) -> ort.InferenceSession:
         options = ort.SessionOptions()

@@ -66,7 +66,9 @@ def in_place_steps(built: Any, capacity: int, kv_heads: int = KV_HEADS) -> list[
         y = ort.OrtValue.ortvalue_from_numpy(np.empty_like(feeds["q"]))
         binding.bind_ortvalue_output("y", y)
         session.run_with_iobinding(binding)
-        results.append({"y": y.numpy().copy(), **{part: rows.numpy().copy() for part, rows in caches.items()}})
+        results.append(
+            {"y": y.numpy().copy(), **{part: rows.numpy().copy() for part, rows in caches.items()}}
+        )
     return results
 
 
@@ -75,7 +77,11 @@ def interpreted_steps(built: Any, capacity: int, kv_heads: int = KV_HEADS) -> li
     caches: Arrays = {"key": empty, "value": empty}
     results, past = [], 0
     for feeds in step_feeds(kv_heads):
-        given = {"past_length": np.array(past, np.int32), "past.key": caches["key"], "past.value": caches["value"]}
+        given = {
+            "past_length": np.array(past, np.int32),
+            "past.key": caches["key"],
+            "past.value": caches["value"],
+        }
         outputs = built.interpret({**feeds, **given})
         caches = {part: outputs[f"present.{part}"] for part in caches}
         results.append({"y": outputs["y"], **caches})
@@ -109,7 +115,10 @@ ROPES = {
 
 
 def assert_same_steps(built: Any, capacity: int, kv_heads: int = KV_HEADS) -> None:
-    results, expected = in_place_steps(built, capacity, kv_heads), interpreted_steps(built, capacity, kv_heads)
+    results, expected = (
+        in_place_steps(built, capacity, kv_heads),
+        interpreted_steps(built, capacity, kv_heads),
+    )
     # Where a row of a ring lies is ONNX Runtime's affair: only what attention makes of them is compared.
     compared = ["y"] if capacity < sum(STEPS) else ["y", "key", "value"]
     for step, (result, wanted) in enumerate(zip(results, expected)):

@@ -30,7 +30,7 @@ weight @head_norm: f32[16]
 weight @factors: f32[8]
 weight @qkv: q4_k[128, 256]
 weight @o: q5_0[256, 64]
-weight @gate_up: q6_k[512, 256]
+weight @gate_up: q5_k[512, 256]
 weight @down: bf16[256, 256]
 %embedded = Embed(%input_ids, @table)
 %scale = Constant(; value=16.0)
@@ -40,7 +40,7 @@ weight @down: bf16[256, 256]
 %q, %k, %v = Split(%projected; sizes=(64, 32, 32))
 %qn = RmsNorm(%q, @head_norm; eps=1e-06, heads=4)
 %kn = RmsNorm(%k, @head_norm; eps=1e-06, heads=2)
-%heads, %present.key, %present.value = GroupQueryAttention(%qn, %kn, %v, %past.key, %past.value, %past_length, @factors; heads=4, scale=0.25, layout='linear', rope=RopeSpec(theta=10000.0, dim=16))
+%heads, %present.key, %present.value = GroupQueryAttention({cached}; {attention})
 %attended = DequantMatMul(%heads, @o)
 %sum = Add(%attended, %x)
 %last = SelectRows(%sum, %logit_rows)
@@ -57,7 +57,9 @@ CAPACITY = 64
 
 def layer(activation: str = "gelu") -> str:
     """A whole decoder layer with every op that models need."""
-    return LAYER.format(capacity=CAPACITY, activation=activation)
+    cached = "%qn, %kn, %v, %past.key, %past.value, %past_length, @factors"
+    attention = "heads=4, scale=0.25, layout='linear', rope=RopeSpec(theta=10000.0, dim=16)"
+    return LAYER.format(capacity=CAPACITY, activation=activation, cached=cached, attention=attention)
 
 
 def feeds(tokens: int = 5) -> dict[str, Any]:
@@ -89,6 +91,15 @@ def test_rows_may_be_chosen_in_any_order(build: Build) -> None:
     every = built.run({**feeds(), "logit_rows": np.arange(5)})["logits"]
     chosen = built.run({**feeds(), "logit_rows": np.array([3, 0, -1])})["logits"]
     np.testing.assert_allclose(chosen[0], every[0, [3, 0, 4]], rtol=0, atol=1e-5 * np.abs(every).max())
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_no_rows_give_no_logits_but_fill_the_cache(build: Build, activations: str) -> None:
+    built = build(layer(), activations)
+    some, none = (built.run({**feeds(), "logit_rows": np.arange(rows)}) for rows in (5, 0))
+    assert none["logits"].shape == (1, 0, 96)
+    np.testing.assert_array_equal(none["present.key"], some["present.key"])
+    np.testing.assert_array_equal(none["present.value"], some["present.value"])
 
 
 @pytest.mark.parametrize("activations", ["float32", "int8"])
@@ -168,6 +179,8 @@ def test_arithmetic_with_a_constant_equals_the_interpreter(build: Build, op: str
 
 
 def test_an_op_without_equivalent_is_refused(build: Build) -> None:
-    text = "graph one\ninput %ids: i64[batch, seq]\ninput %past: i32[]\n%p = Positions(%ids, %past)\noutput %p"
+    text = (
+        "graph one\ninput %ids: i64[batch, seq]\ninput %past: i32[]\n%p = Positions(%ids, %past)\noutput %p"
+    )
     with pytest.raises(UnsupportedError, match="cannot run Positions"):
         build(text)

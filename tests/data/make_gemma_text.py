@@ -9,7 +9,8 @@ import llama_cpp
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent / "examples"))
+EXAMPLES = HERE.parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
 from quality_llama_cpp import write_decoded  # noqa: E402 - not a package
 
@@ -17,6 +18,8 @@ PROMPTS = [
     "The three most important inventions of the nineteenth century were",
     "def fibonacci(n):\n",
     "Die Hauptstadt von Frankreich ist",
+    # Longer than the window of 512 and the ring that holds it.
+    (EXAMPLES / "english.txt").read_text(),
 ]
 TOKENS = 48
 
@@ -42,7 +45,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         decoded = Path(folder) / "decoded.gguf"
         write_decoded(Path(sys.argv[1]), decoded)
-        model = llama_cpp.Llama(str(decoded), n_ctx=128, logits_all=True, verbose=False, **exact)
+        model = llama_cpp.Llama(str(decoded), n_ctx=1024, logits_all=True, verbose=False, **exact)
         texts = [greedy(model, prompt) for prompt in PROMPTS]
         model.close()
-    (HERE / "gemma_text.json").write_text(json.dumps(texts, indent=1) + "\n")
+    lines = ",\n".join(map(json.dumps, texts))
+    (HERE / "gemma_text.json").write_text(f"[{lines}]\n")

@@ -16,8 +16,8 @@ from rlxc.weights.gguf import open_gguf
 # What the tests share lies beside them; the script that makes the reference data uses it too, without pytest.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from oracle import Floats, OpenModel  # noqa: E402
-from tiny import VARIANTS  # noqa: E402
+from oracle import Floats, OpenModel
+from tiny import VARIANTS
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -36,13 +36,17 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_artifact(variant, activations, context)``: its artifact, compiled once."""
+def tiny_artifact(
+    tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``tiny_artifact(variant, activations, max_step=16)``: its artifact, compiled once, with rings of a few rows."""
     folder = tmp_path_factory.mktemp("tiny-artifacts")
 
-    def compiled(name: str, activations: str, context: int) -> Path:
-        path = folder / f"{name}-{activations}-{context}.rlx"
-        rlxc.compile(tiny_gguf(name), path, activations=activations, context=context)
+    def compiled(name: str, activations: str, max_step: int = 16) -> Path:
+        path = folder / f"{name}-{activations}-{max_step}.rlx"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rlxc.compiler.MAX_STEP", max_step)
+            rlxc.compile(tiny_gguf(name), path, activations=activations)
         return path
 
     return cache(compiled)

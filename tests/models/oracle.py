@@ -53,7 +53,11 @@ def tied_registry(file: GgufFile) -> WeightRegistry:
     if "output.weight" not in registry:
         table = registry.resolve("token_embd.weight")
         packed = isinstance(table, Packed)
-        alias = Packed("output.weight", table.scheme, table.shape) if packed else F32("output.weight", table.shape)
+        alias = (
+            Packed("output.weight", table.scheme, table.shape)
+            if packed
+            else F32("output.weight", table.shape)
+        )
         registry.add(alias, TiedAlias("token_embd.weight"))
     return registry
 

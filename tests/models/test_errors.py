@@ -32,7 +32,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Files]:
     folder = tmp_path_factory.mktemp("sound")
     made = {}
     for architecture in ("llama", "gemma3"):
-        made[architecture] = open_gguf(write_tiny_model(folder / f"{architecture}.gguf", architecture, window=0))
+        made[architecture] = open_gguf(
+            write_tiny_model(folder / f"{architecture}.gguf", architecture, window=0)
+        )
     yield made.__getitem__
     for file in made.values():
         file.close()
@@ -82,7 +84,12 @@ def test_wrong_shape_is_named(files: Files, architecture: str, name: str) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["blk.0.ffn_gate_inp.weight", "blk.2.attn_norm.weight", "blk.0.attn_q_norm.weight", "blk.0.attn_norm.bias"],
+    [
+        "blk.0.ffn_gate_inp.weight",
+        "blk.2.attn_norm.weight",
+        "blk.0.attn_q_norm.weight",
+        "blk.0.attn_norm.bias",
+    ],
 )
 def test_surplus_tensor_is_named(files: Files, name: str) -> None:
     registry = tied_registry(files("llama"))
@@ -99,7 +106,9 @@ def test_rope_factors_of_another_size_are_refused(files: Files, size: int) -> No
         build_model(files("llama").metadata, registry, "model.gguf")
 
 
-@pytest.mark.parametrize("key", ["llama.expert_count", "llama.attention.clamp_kqv", "llama.rope.scaling.attn_factor"])
+@pytest.mark.parametrize(
+    "key", ["llama.expert_count", "llama.attention.clamp_kqv", "llama.rope.scaling.attn_factor"]
+)
 def test_unknown_metadata_key_is_refused(files: Files, key: str) -> None:
     assert key in refuse(files("llama"), UnsupportedError, **{key: 8})
 

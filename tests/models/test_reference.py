@@ -15,7 +15,7 @@ import rlxc
 from rlxc.weights.gguf import open_gguf
 
 Open = Callable[[str], OpenModel]
-Compile = Callable[[str, str, int], Path]
+Compile = Callable[..., Path]
 Reference = dict[str, Floats]
 
 # Logits have a standard deviation of 1. What is left of two f32 computations in different order is 1e-5 at most.
@@ -28,30 +28,36 @@ def assert_equal_logits(variant: str, logits: Floats, reference: Reference) -> N
     np.testing.assert_allclose(logits, reference[variant], rtol=0, atol=tolerance)
 
 
-def test_interpreted_logits_equal_llama_cpp_s(variant: str, open_tiny: Open, llama_cpp_logits: Reference) -> None:
+def test_interpreted_logits_equal_llama_cpp_s(
+    variant: str, open_tiny: Open, llama_cpp_logits: Reference
+) -> None:
     assert_equal_logits(variant, open_tiny(variant).logits(TEXT), llama_cpp_logits)
 
 
 def test_compiled_logits_equal_llama_cpp_s(
     variant: str, tiny_artifact: Compile, llama_cpp_logits: Reference
 ) -> None:
-    with rlxc.load(tiny_artifact(variant, "float32", CONTEXT), threads=1) as session:
+    with rlxc.load(tiny_artifact(variant, "float32"), threads=1) as session:
         assert_equal_logits(variant, session.score(TEXT), llama_cpp_logits)
 
 
-def test_int8_activations_stay_close(variant: str, tiny_artifact: Compile, llama_cpp_logits: Reference) -> None:
-    with rlxc.load(tiny_artifact(variant, "int8", CONTEXT), threads=1) as session:
+def test_int8_activations_stay_close(
+    variant: str, tiny_artifact: Compile, llama_cpp_logits: Reference
+) -> None:
+    with rlxc.load(tiny_artifact(variant, "int8"), threads=1) as session:
         divergence = mean_divergence(llama_cpp_logits[variant], session.score(TEXT))
     # llama.cpp's own rounding of activations costs up to 7e-4 on these models. Codes that were not centred on zero
     # cost twice that in the formats with minimums.
     assert divergence < 5e-4, divergence
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].tensor_types not in ("F32", "F16", "BF16")])
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if VARIANTS[name].tensor_types not in ("F32", "F16", "BF16")]
+)
 def test_int8_activations_differ_from_float32(variant: str, tiny_artifact: Compile) -> None:
     logits = []
     for activations in ("int8", "float32"):
-        with rlxc.load(tiny_artifact(variant, activations, CONTEXT), threads=1) as session:
+        with rlxc.load(tiny_artifact(variant, activations), threads=1) as session:
             logits.append(session.score(TEXT))
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 

@@ -1,4 +1,4 @@
-"""What holds for every architecture: shapes, cached steps that equal one full pass, a backend that equals the oracle."""
+"""What holds for every architecture: shapes, steps that equal one full pass, a backend that equals the oracle."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from oracle import OpenModel
 from tiny import HEAD_DIM, HIDDEN, LAYERS, TEXT, VARIANTS, VOCAB
 
 import rlxc
+from rlxc.artifact import Artifact
 from rlxc.ir.ops import Attention
 
 Open = Callable[[str], OpenModel]
-Compile = Callable[[str, str, int], Path]
+Compile = Callable[..., Path]
 
 LONG = [1, *np.random.RandomState(1).randint(3, VOCAB, 59).tolist()]
 CHUNKS = [5, 1, 7, 1, 1, 13, 1, 1, 1, 11, 1, 17]
-"""Odd steps and single ones; together they pass the window of 8 and every ring's capacity."""
-SHORT_CONTEXT = 64
+"""Odd steps and single ones, one longer than the engine takes at once; together they fill a ring of 24 twice."""
 
 
 def test_result_shapes(variant: str, open_tiny: Open) -> None:
@@ -42,6 +42,8 @@ def test_only_every_sixth_gemma3_layer_sees_everything(open_tiny: Open) -> None:
     assert [op.window for op in ops if isinstance(op, Attention)] == [8, 8, 8, 8, 8, None, 8]
 
 
+# Formats make no difference to the cache: one model of each kind of layer.
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-yarn", "gemma3-window", "gemma3-no-window"])
 def test_interpreted_steps_equal_one_pass(variant: str, open_tiny: Open) -> None:
     model = open_tiny(variant)
     caches, parts, start = model.empty_caches(), [], 0
@@ -53,17 +55,25 @@ def test_interpreted_steps_equal_one_pass(variant: str, open_tiny: Open) -> None
     np.testing.assert_allclose(np.concatenate(parts), model.logits(LONG), rtol=0, atol=1e-10)
 
 
+def test_steps_go_around_the_rings(tiny_artifact: Compile) -> None:
+    plan = Artifact.open(tiny_artifact("gemma3-window", "float32")).manifest.kv_cache
+    rings = [layer.capacity for layer in plan.layers if layer.layout == "ring"]
+    assert len(rings) == 6
+    assert 2 * max(rings) < sum(CHUNKS)
+    assert max(CHUNKS) > plan.max_step
+
+
 def test_compiled_steps_equal_the_interpreter(variant: str, open_tiny: Open, tiny_artifact: Compile) -> None:
     expected = open_tiny(variant).logits(LONG)
     ends = np.cumsum(CHUNKS)
-    with rlxc.load(tiny_artifact(variant, "float32", SHORT_CONTEXT), threads=1) as session:
+    with rlxc.load(tiny_artifact(variant, "float32"), threads=1) as session:
         rows = [session.prefill(LONG[end - size : end]) for size, end in zip(CHUNKS, ends)]
     # Logits have a standard deviation of 1; f32 sums in another order leave about 1e-5 of it.
     np.testing.assert_allclose(np.stack(rows), expected[ends - 1], rtol=0, atol=1e-4)
 
 
 def test_score_equals_steps(variant: str, tiny_artifact: Compile) -> None:
-    with rlxc.load(tiny_artifact(variant, "float32", SHORT_CONTEXT), threads=1) as session:
+    with rlxc.load(tiny_artifact(variant, "float32"), threads=1) as session:
         scored = session.score(LONG[:20])
         stepped = np.stack([session.decode(token) for token in LONG[:20]])
     # Matrix-vector and matrix-matrix kernels sum in another order.
@@ -72,7 +82,7 @@ def test_score_equals_steps(variant: str, tiny_artifact: Compile) -> None:
 
 @pytest.mark.parametrize("variant", ["llama-k-m", "gemma3-window"])
 def test_a_second_sequence_forgets_the_first(variant: str, tiny_artifact: Compile) -> None:
-    with rlxc.load(tiny_artifact(variant, "float32", SHORT_CONTEXT), threads=1) as session:
+    with rlxc.load(tiny_artifact(variant, "float32"), threads=1) as session:
         first = session.prefill(LONG[:30])
         session.reset()
         session.prefill(LONG[30:])

@@ -50,7 +50,13 @@ class Tiny:
 
 
 K_M = {"default": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
-GEMMA_K_M = {"default": "Q5_0", "ffn_down": "Q4_K", "attn_v": "Q8_0", "ffn_gate": "Q6_K", "token_embd": "Q8_0"}
+GEMMA_K_M = {
+    "default": "Q5_0",
+    "ffn_down": "Q4_K",
+    "attn_v": "Q8_0",
+    "ffn_gate": "Q6_K",
+    "token_embd": "Q8_0",
+}
 
 VARIANTS: Mapping[str, Tiny] = {
     "llama-plain": Tiny("llama", kv_heads=HEADS, seed=1),
@@ -152,7 +158,8 @@ def _settings(architecture: str, kv_heads: int, rope_scaling: str | None, window
     if rope_scaling in ("linear", "yarn"):
         settings |= {"rope.scaling.type": rope_scaling, "rope.scaling.factor": 4.0}
     if rope_scaling == "yarn":
-        settings["rope.scaling.original_context_length"] = CONTEXT // 4
+        # So long that both ends of the ramp lie inside the head.
+        settings["rope.scaling.original_context_length"] = 2048
     return settings
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.artifact import ArtifactWriter
+from rlxc.artifact import ArtifactWriter, Manifest
 from rlxc.backends import BuildOptions
 from rlxc.backends.onnx.external import WeightsFile
+from rlxc.backends.onnx.genai import companion_files
 from rlxc.backends.onnx.model import build_model
 from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.backends.onnx.storage import ReadBytes, Storage
@@ -76,3 +77,7 @@ class OnnxBackend:
             )
         with writer.file("model.onnx") as sink:
             sink.write(model.SerializeToString(deterministic=True))
+
+    def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
+        """Files that let onnxruntime-genai load the artifact too; nothing where a model has no end token."""
+        return companion_files(manifest) if manifest.tokenizer.eos_ids else {}

@@ -62,6 +62,14 @@ class Lowering:
             self.initializers[name] = numpy_helper.from_array(array, name)
         return name
 
+    def shape(self, *dims: int) -> str:
+        """A target of ``Reshape``: batch and tokens as they are, then these (no -1: there may be no tokens)."""
+        return self.constant(f"shape.{'x'.join(map(str, dims))}", np.array([0, 0, *dims]))
+
+    def width(self, name: str) -> int:
+        """The last dimension of a value or weight, which is always a number."""
+        return int(self.graph.types[name].shape[-1])
+
     def external(self, name: str, data_type: int, dims: tuple[int, ...], region: Region) -> str:
         """An initializer in the weights file."""
         if name not in self.initializers:
@@ -117,10 +125,12 @@ class Lowering:
         sums = f"{x}.sums.{block}"
         if sums not in self._block_sums:
             self._block_sums.add(sums)
-            to_blocks = self.constant(f"blocks.{block}", np.array([0, 0, -1, block]))
-            self.add("Reshape", [x, to_blocks], [f"{x}.blocks.{block}"])
+            blocks = self.width(x) // block
+            self.add("Reshape", [x, self.shape(blocks, block)], [f"{x}.blocks.{block}"])
             last_axis = self.constant("last_axis", np.array([-1]))
-            self.add("ReduceSum", [f"{x}.blocks.{block}", last_axis], [sums], keepdims=0)
+            self.add("ReduceSum", [f"{x}.blocks.{block}", last_axis], [f"{sums}.any"], keepdims=0)
+            # ONNX Runtime's reductions give an empty result the shape of their input.
+            self.add("Reshape", [f"{sums}.any", self.shape(blocks)], [sums])
         return sums
 
     def rope_tables(self, spec: RopeSpec, factors: str = "") -> list[str]:
@@ -203,12 +213,10 @@ def _(op: ops.RmsNorm, node: Node, to: Lowering) -> None:
     if op.heads == 1:
         to.add("RMSNormalization", [x, weight], [out], epsilon=op.eps)
         return
-    size = to.graph.types[x].shape[-1]
-    assert isinstance(size, int)
-    split = to.constant(f"heads.{op.heads}", np.array([0, 0, op.heads, size // op.heads]))
-    to.add("Reshape", [x, split], [f"{out}.heads"])
+    size = to.width(x)
+    to.add("Reshape", [x, to.shape(op.heads, size // op.heads)], [f"{out}.heads"])
     to.add("RMSNormalization", [f"{out}.heads", weight], [f"{out}.normed"], epsilon=op.eps)
-    to.add("Reshape", [f"{out}.normed", to.constant("merged_heads", np.array([0, 0, -1]))], [out])
+    to.add("Reshape", [f"{out}.normed", to.shape(size)], [out])
 
 
 @lower.register
@@ -230,12 +238,11 @@ def _(op: ops.Embed, node: Node, to: Lowering) -> None:
     to.add("GatherBlockQuantized", [codes, ids, *rest], [centred], MICROSOFT, **attributes)
     if stored.mins is None:
         return
-    blocked = to.constant(f"blocks.{s.block}", np.array([0, 0, -1, s.block]))
     to.add("Gather", [to.mins(table, stored), ids], [f"{out}.mins"], axis=0)
     to.add("Unsqueeze", [f"{out}.mins", to.constant("last_axis", np.array([-1]))], [f"{out}.min_blocks"])
-    to.add("Reshape", [centred, blocked], [f"{out}.blocks"])
+    to.add("Reshape", [centred, to.shape(stored.blocks, s.block)], [f"{out}.blocks"])
     to.add("Sub", [f"{out}.blocks", f"{out}.min_blocks"], [f"{out}.decoded"])
-    to.add("Reshape", [f"{out}.decoded", to.constant("merged_heads", np.array([0, 0, -1]))], [out])
+    to.add("Reshape", [f"{out}.decoded", to.shape(stored.columns)], [out])
 
 
 @lower.register

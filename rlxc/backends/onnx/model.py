@@ -61,10 +61,17 @@ def build_model(
     if any(value.name == "logit_rows" for value in graph.inputs):
         to.initializers["logit_rows"] = numpy_helper.from_array(np.array([-1]), "logit_rows")
     outputs = [_value_info(name, graph.types[name]) for name in graph.outputs]
+    if "logits" in graph.outputs:
+        # Declared as one row, the default, because onnxruntime-genai asks for every token's logits otherwise.
+        outputs[graph.outputs.index("logits")].type.tensor_type.shape.dim[1].dim_value = 1
     proto = helper.make_graph(to.nodes, graph.name, inputs, outputs, list(to.initializers.values()))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rlxc")
 
 
 def _value_info(name: str, type_: TensorType) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, _TYPES[type_.dtype], list(type_.shape))
+    shape = list(type_.shape)
+    if len(shape) == 4:
+        # Any capacity will do that holds the context, or a ring's window; the name says what was planned.
+        shape[2] = f"capacity_{shape[2]}"
+    return helper.make_tensor_value_info(name, _TYPES[type_.dtype], shape)

@@ -1,0 +1,270 @@
+"""The oracle itself, against loops that follow the definitions one number at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from rlxc.errors import GraphError
+from rlxc.ir import RopeSpec, ops, parse
+from rlxc.ir.interp import evaluate, run
+
+Floats = npt.NDArray[np.float64]
+
+# Both sides are float64 and add up fewer than 100 numbers of size 1.
+TOLERANCE = 1e-12
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def past(length: int) -> npt.NDArray[np.int32]:
+    return np.array(length, np.int32)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def slow_attention(q: Floats, k: Floats, v: Floats, heads: int, scale: float, window: int | None) -> Floats:
+    """``q [S, heads * D]``, ``k`` and ``v`` ``[K, T, D]``: softmax over the visible keys, query by query."""
+    step, (kv_heads, total, dim) = len(q), k.shape
+    out = np.zeros_like(q)
+    for s in range(step):
+        position = total - step + s
+        first = 0 if window is None else max(0, position - window + 1)
+        for h in range(heads):
+            kv = h // (heads // kv_heads)
+            query = q[s, h * dim : (h + 1) * dim]
+            scores = [scale * sum(query * k[kv, t]) for t in range(first, position + 1)]
+            sizes = [math.exp(score) for score in scores]
+            for t, size in zip(range(first, position + 1), sizes):
+                out[s, h * dim : (h + 1) * dim] += size / sum(sizes) * v[kv, t]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
+def test_attention_follows_its_definition(heads: int, kv_heads: int, window: int | None) -> None:
+    q, k, v = normal(2, 4, heads * 6), normal(2, kv_heads, 9, 6, seed=1), normal(2, kv_heads, 9, 6, seed=2)
+    (found,) = evaluate(ops.Attention(heads, 0.3, window), [q, k, v])
+    for batch in range(2):
+        assert_close(found[batch], slow_attention(q[batch], k[batch], v[batch], heads, 0.3, window))
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_a_query_sees_window_keys_its_own_included(window: int) -> None:
+    values = np.eye(8)[None, None]  # the output lists the weight of every key
+    (found,) = evaluate(ops.Attention(1, 1.0, window), [np.zeros((1, 3, 8)), np.zeros((1, 1, 8, 8)), values])
+    for s, weights in enumerate(found[0]):
+        own = 8 - 3 + s
+        assert np.flatnonzero(weights).tolist() == list(range(own - window + 1, own + 1))
+
+
+def test_attention_sees_no_later_key() -> None:
+    q, k, v = normal(1, 3, 4), normal(1, 1, 3, 4, seed=1), normal(1, 1, 3, 4, seed=2)
+    (before,) = evaluate(ops.Attention(1, 1.0), [q, k, v])
+    k[:, :, 2], v[:, :, 2] = 100.0, -100.0
+    (after,) = evaluate(ops.Attention(1, 1.0), [q, k, v])
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rms_norm_follows_its_definition(heads: int) -> None:
+    x, weight = normal(2, 3, 12), normal(12 // heads, seed=1)
+    (found,) = evaluate(ops.RmsNorm(0.1, heads), [x, weight])
+    size = 12 // heads
+    for index in np.ndindex(2, 3, heads):
+        part = x[index[:2]][index[2] * size : (index[2] + 1) * size]
+        root = math.sqrt(sum(value * value for value in part) / size + 0.1)
+        assert_close(
+            found[index[:2]][index[2] * size : (index[2] + 1) * size],
+            [value / root * w for value, w in zip(part, weight)],
+        )
+
+
+def test_add_rms_norm_is_a_sum_and_its_norm() -> None:
+    x, residual, weight = normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(4, seed=2)
+    norm, total = evaluate(ops.AddRmsNorm(0.1), [x, residual, weight])
+    assert_close(total, x + residual)
+    assert_close(norm, evaluate(ops.RmsNorm(0.1), [x + residual, weight])[0])
+
+
+def slow_gelu(x: float) -> float:
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "op", "function"),
+    [
+        ("silu", ops.Silu(), lambda x: x / (1 + math.exp(-x))),
+        ("gelu", ops.Gelu(), slow_gelu),
+    ],
+)
+def test_glu_is_the_activated_first_half_times_the_second(activation: str, op: ops.Op, function: Any) -> None:
+    x = 3 * normal(2, 3, 8)
+    (found,) = evaluate(ops.Glu(activation), [x])
+    (active,) = evaluate(op, [x[..., :4]])
+    for index in np.ndindex(2, 3, 4):
+        assert found[index] == pytest.approx(function(x[index]) * x[index[0], index[1], index[2] + 4])
+        assert active[index] == pytest.approx(function(x[index]))
+
+
+def test_silu_of_large_numbers_is_finite() -> None:
+    (found,) = evaluate(ops.Silu(), [np.array([-1000.0, 1000.0])])
+    assert found.tolist() == [0.0, 1000.0]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("factors", [None, np.array([1.0, 3.0])])
+def test_rope_turns_pairs_of_channels(interleaved: bool, factors: Floats | None) -> None:
+    x, positions = normal(1, 2, 2 * 6), np.array([[5, 6]])
+    spec = RopeSpec(100.0, 4, interleaved)
+    (found,) = evaluate(ops.Rope(2, spec), [x, positions] if factors is None else [x, positions, factors])
+    for s, h, pair in np.ndindex(2, 2, 2):
+        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 2)
+        angle = positions[0, s] * 100.0 ** (-2 * pair / 4) / (1.0 if factors is None else factors[pair])
+        turned = complex(x[0, s, 6 * h + first], x[0, s, 6 * h + second]) * complex(
+            math.cos(angle), math.sin(angle)
+        )
+        assert_close(found[0, s, 6 * h + first], turned.real)
+        assert_close(found[0, s, 6 * h + second], turned.imag)
+
+
+def test_append_puts_heads_apart_and_rows_last() -> None:
+    cache, new = normal(1, 2, 3, 4), normal(1, 2, 8, seed=1)
+    (grown,) = evaluate(ops.KvAppend(), [cache, new])
+    assert grown.shape == (1, 2, 5, 4)
+    np.testing.assert_array_equal(grown[:, :, :3], cache)
+    np.testing.assert_array_equal(grown[0, 1, 4], new[0, 1, 4:])
+
+
+def test_linear_write_stores_a_row_at_its_position() -> None:
+    cache = np.full((1, 1, 5, 2), np.nan)
+    (written,) = evaluate(ops.KvWrite("linear"), [cache, np.array([[[1.0, 2], [3, 4]]]), past(2)])
+    np.testing.assert_array_equal(written[0, 0], [[np.nan] * 2, [np.nan] * 2, [1, 2], [3, 4], [np.nan] * 2])
+
+
+def test_ring_write_wraps_around() -> None:
+    cache = np.zeros((1, 1, 4, 1))
+    (written,) = evaluate(ops.KvWrite("ring"), [cache, np.array([[[1.0], [2], [3]]]), past(6)])
+    assert written.ravel().tolist() == [3, 0, 1, 2]
+
+
+def test_write_leaves_its_input_as_it_was() -> None:
+    cache = np.zeros((1, 1, 4, 1))
+    evaluate(ops.KvWrite("linear"), [cache, np.ones((1, 1, 1)), past(0)])
+    assert not cache.any()
+
+
+def test_linear_read_gives_all_rows() -> None:
+    cache = np.arange(5.0).reshape(1, 1, 5, 1)
+    (rows,) = evaluate(ops.KvRead("linear"), [cache, np.zeros((1, 2, 1)), past(2)])
+    assert rows.ravel().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(0, [10, 11]), (1, [10, 11, 12]), (5, [13, 14, 15, 16]), (7, [15, 16, 10, 11])],
+    ids=["first step", "less than a window", "end of the ring", "around the ring"],
+)
+def test_ring_read_gives_what_the_step_sees_oldest_first(length: int, expected: list[int]) -> None:
+    cache = np.arange(10.0, 17).reshape(1, 1, 7, 1)
+    (rows,) = evaluate(ops.KvRead("ring", 3), [cache, np.zeros((1, 2, 1)), past(length)])
+    assert rows.ravel().tolist() == expected
+
+
+def test_linear_cache_that_is_full_is_an_error() -> None:
+    with pytest.raises(GraphError, match=r"3 \+ 2 rows do not fit a linear cache of 4"):
+        evaluate(ops.KvWrite("linear"), [np.zeros((1, 1, 4, 1)), np.zeros((1, 2, 1)), past(3)])
+
+
+def test_step_longer_than_a_ring_is_an_error() -> None:
+    with pytest.raises(GraphError, match="do not fit a ring cache of 4"):
+        evaluate(ops.KvWrite("ring"), [np.zeros((1, 1, 4, 1)), np.zeros((1, 5, 1)), past(0)])
+
+
+def test_ring_too_small_for_window_and_step_is_an_error() -> None:
+    with pytest.raises(GraphError, match="a step of 3 tokens needs 5 rows of a ring of 4"):
+        evaluate(ops.KvRead("ring", 3), [np.zeros((1, 1, 4, 1)), np.zeros((1, 3, 1)), past(6)])
+
+
+def test_ring_holds_exactly_a_window_and_a_step_less_one() -> None:
+    (rows,) = evaluate(ops.KvRead("ring", 3), [np.zeros((1, 1, 5, 1)), np.zeros((1, 3, 1)), past(6)])
+    assert rows.shape[2] == 5
+
+
+@pytest.mark.parametrize("length", [0, 3, 9, 25])
+@pytest.mark.parametrize(("layout", "capacity"), [("linear", 32), ("ring", 7)])
+def test_fused_attention_equals_its_parts(length: int, layout: str, capacity: int) -> None:
+    spec, window, factors = RopeSpec(100.0, 4), 5, np.array([1.0, 2.0])
+    q, k, v = normal(2, 3, 16), normal(2, 3, 8, seed=1), normal(2, 3, 8, seed=2)
+    key_cache, value_cache = normal(2, 2, capacity, 4, seed=3), normal(2, 2, capacity, 4, seed=4)
+    found = evaluate(
+        ops.GroupQueryAttention(4, 0.5, layout, window, spec),
+        [q, k, v, key_cache, value_cache, past(length), factors],
+    )
+
+    (positions,) = evaluate(ops.Positions(), [np.zeros((2, 3), np.int64), past(length)])
+    (q,) = evaluate(ops.Rope(4, spec), [q, positions, factors])
+    (k,) = evaluate(ops.Rope(2, spec), [k, positions, factors])
+    (key_cache,) = evaluate(ops.KvWrite(layout), [key_cache, k, past(length)])
+    (value_cache,) = evaluate(ops.KvWrite(layout), [value_cache, v, past(length)])
+    read = ops.KvRead(layout, window if layout == "ring" else None)
+    (keys,) = evaluate(read, [key_cache, k, past(length)])
+    (values,) = evaluate(read, [value_cache, v, past(length)])
+    (out,) = evaluate(ops.Attention(4, 0.5, window), [q, keys, values])
+    for one, other in zip(found, (out, key_cache, value_cache)):
+        assert_close(one, other)
+
+
+def test_positions_follow_the_past() -> None:
+    ids = np.zeros((2, 3), np.int64)
+    for length in (past(4), np.zeros((2, 1, 4, 8))):
+        (positions,) = evaluate(ops.Positions(), [ids, length])
+        assert positions.tolist() == [[4, 5, 6], [4, 5, 6]]
+
+
+def test_negative_rows_count_from_the_end() -> None:
+    x = np.arange(6.0).reshape(1, 3, 2)
+    (rows,) = evaluate(ops.SelectRows(), [x, np.array([-1, 0])])
+    assert rows.tolist() == [[[4, 5], [0, 1]]]
+
+
+def test_split_cuts_the_last_dimension() -> None:
+    first, second = evaluate(ops.Split((1, 2)), [np.arange(6.0).reshape(2, 3)])
+    assert (first.tolist(), second.tolist()) == ([[0], [3]], [[1, 2], [4, 5]])
+
+
+def test_weights_follow_their_recipes() -> None:
+    graph = parse(
+        """
+        graph recipes
+        input %x: f32[1, 2]
+        weight @a: f32[1, 2] = source("file")
+        weight @b: f32[1, 2] = alias(@a)
+        weight @c: f32[3, 2] = concat(@again: f32[1, 2] = alias(@b), @two: f32[2, 2])
+        %y = MatMul(%x, @c)
+        output %y
+        """
+    )
+    tensors = {"file": [[1, 2]], "two": [[3, 4], [5, 6]]}
+    result = run(graph, {"x": np.array([[1.0, 10.0]])}, lambda name: np.array(tensors[name], np.float32))
+    assert result["y"].tolist() == [[21, 43, 65]]
+
+
+def test_missing_input_is_an_error() -> None:
+    graph = parse("graph g\ninput %x: f32[2]\n%y = Silu(%x)\noutput %y")
+    with pytest.raises(GraphError, match="no array for input %x"):
+        run(graph, {}, lambda name: np.zeros(1, np.float32))
+
+
+def test_floats_are_computed_in_f64() -> None:
+    graph = parse("graph g\ninput %x: f32[1]\n%y = Add(%x, %x)\noutput %y")
+    (y,) = run(graph, {"x": np.ones(1, np.float32)}, lambda name: np.zeros(1, np.float32)).values()
+    assert y.dtype == np.float64

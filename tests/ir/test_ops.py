@@ -1,0 +1,182 @@
+"""Each op's shape rule: what it gives for the types it accepts, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from rlxc.dtypes import DType
+from rlxc.errors import GraphError
+from rlxc.ir import RopeSpec, TensorType, ops
+
+ROPE = RopeSpec(10000.0, 4)
+
+
+def types(text: str) -> tuple[TensorType, ...]:
+    """``f32[B, 3] i32[]`` as types."""
+    found = []
+    for dtype, shape in re.findall(r"(\w+)\[([^\]]*)\]", text):
+        dims = (part.strip() for part in shape.split(",") if part.strip())
+        found.append(TensorType(DType(dtype), tuple(int(dim) if dim.isdigit() else dim for dim in dims)))
+    return tuple(found)
+
+
+X = "f32[B, S, 8]"
+CACHE = "f32[B, 2, past, 4]"
+BUFFER = "f32[B, 2, 64, 4]"
+
+ACCEPTED = [
+    (ops.Constant(1.0), "", "f32[]"),
+    (ops.Constant((1.0, 2.0)), "", "f32[2]"),
+    (ops.Add(), f"{X} {X}", X),
+    (ops.Add(), f"{X} f32[8]", X),
+    (ops.Add(), f"f32[] {X}", X),
+    (ops.Mul(), f"{X} f32[B, S, 1]", X),
+    (ops.Mul(), f"f32[B, S, 1] {X}", X),
+    (ops.Square(), X, X),
+    (ops.Sqrt(), X, X),
+    (ops.Rsqrt(), X, X),
+    (ops.Silu(), X, X),
+    (ops.Gelu(), X, X),
+    (ops.Mean(), X, "f32[B, S, 1]"),
+    (ops.RmsNorm(1e-6), f"{X} f32[8]", X),
+    (ops.RmsNorm(1e-6, heads=2), f"{X} f32[4]", X),
+    (ops.AddRmsNorm(1e-6), f"{X} {X} f32[8]", f"{X} {X}"),
+    (ops.Embed(), "i64[B, S] q6_k[99, 256]", "f32[B, S, 256]"),
+    (ops.Embed(), "i64[B, S] f32[99, 8]", X),
+    (ops.MatMul(), f"{X} bf16[5, 8]", "f32[B, S, 5]"),
+    (ops.MatMul(), f"{X} f32[5, 8] f32[5]", "f32[B, S, 5]"),
+    (ops.DequantMatMul(), "f32[B, S, 256] q4_k[5, 256]", "f32[B, S, 5]"),
+    (ops.DequantMatMul(), "f32[B, S, 256] q4_k[5, 256] f32[5]", "f32[B, S, 5]"),
+    (ops.Split((2, 6)), X, "f32[B, S, 2] f32[B, S, 6]"),
+    (ops.Glu("silu"), X, "f32[B, S, 4]"),
+    (ops.Glu("gelu"), X, "f32[B, S, 4]"),
+    (ops.SelectRows(), f"{X} i64[R]", "f32[B, R, 8]"),
+    (ops.Positions(), "i64[B, S] i32[]", "i64[B, S]"),
+    (ops.Positions(), f"i64[B, S] {CACHE}", "i64[B, S]"),
+    (ops.Rope(2, ROPE), f"{X} i64[B, S]", X),
+    (ops.Rope(1, ROPE), f"{X} i64[B, S] f32[2]", X),
+    (ops.KvAppend(), f"{CACHE} {X}", "f32[B, 2, past+S, 4]"),
+    (ops.KvAppend(), "f32[1, 2, 3, 4] f32[1, 5, 8]", "f32[1, 2, 8, 4]"),
+    (ops.KvWrite("linear"), f"{BUFFER} {X} i32[]", BUFFER),
+    (ops.KvWrite("ring"), f"{BUFFER} {X} i32[]", BUFFER),
+    (ops.KvRead("linear"), f"{BUFFER} {X} i32[]", "f32[B, 2, visible, 4]"),
+    (ops.KvRead("ring", 16), f"{BUFFER} {X} i32[]", "f32[B, 2, visible, 4]"),
+    (ops.Attention(4, 0.5), "f32[B, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4]", "f32[B, S, 16]"),
+    (
+        ops.GroupQueryAttention(4, 0.5, "linear", rope=ROPE),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[2]",
+        f"f32[B, S, 16] {BUFFER} {BUFFER}",
+    ),
+    (
+        ops.GroupQueryAttention(4, 0.5, "ring", window=16),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[]",
+        f"f32[B, S, 16] {BUFFER} {BUFFER}",
+    ),
+]
+
+REFUSED = {
+    "too few inputs": (ops.Add(), X),
+    "too many inputs": (ops.Silu(), f"{X} {X}"),
+    "integers added": (ops.Add(), "i64[B, S] i64[B, S]"),
+    "sizes that do not broadcast": (ops.Add(), f"{X} f32[4]"),
+    "both sides broadcast": (ops.Mul(), "f32[B, 1, 8] f32[B, S, 1]"),
+    "different symbols": (ops.Add(), f"{X} f32[B, T, 8]"),
+    "square root of integers": (ops.Sqrt(), "i64[3]"),
+    "mean of a scalar": (ops.Mean(), "f32[]"),
+    "norm weight of another size": (ops.RmsNorm(1e-6), f"{X} f32[4]"),
+    "norm weight that is packed": (ops.RmsNorm(1e-6), f"{X} q8_0[8]"),
+    "norm of integers": (ops.RmsNorm(1e-6), "i64[B, 8] f32[8]"),
+    "norm over a symbolic size": (ops.RmsNorm(1e-6), "f32[B, S] f32[S]"),
+    "norm over heads that do not divide": (ops.RmsNorm(1e-6, heads=3), f"{X} f32[2]"),
+    "norm over no heads": (ops.RmsNorm(1e-6, heads=0), f"{X} f32[8]"),
+    "norm of a scalar": (ops.RmsNorm(1e-6), "f32[] f32[1]"),
+    "residual of another type": (ops.AddRmsNorm(1e-6), f"{X} f32[8] f32[8]"),
+    "residual norm weight of another size": (ops.AddRmsNorm(1e-6), f"{X} {X} f32[4]"),
+    "embedding of floats": (ops.Embed(), "f32[B, S] f32[99, 8]"),
+    "embedding from a vector": (ops.Embed(), "i64[B, S] f32[99]"),
+    "packed weight of a float product": (ops.MatMul(), f"{X} q8_0[5, 8]"),
+    "integer weight of a float product": (ops.MatMul(), f"{X} i64[5, 8]"),
+    "float weight of a packed product": (ops.DequantMatMul(), f"{X} f16[5, 8]"),
+    "product of unequal sizes": (ops.MatMul(), f"{X} f32[8, 5]"),
+    "product of integers": (ops.MatMul(), "i64[B, 8] f32[5, 8]"),
+    "product of a scalar": (ops.MatMul(), "f32[] f32[5, 8]"),
+    "bias of another size": (ops.MatMul(), f"{X} f32[5, 8] f32[8]"),
+    "bias in a packed format": (ops.MatMul(), f"{X} f32[5, 8] q8_0[5]"),
+    "split into other sizes": (ops.Split((2, 5)), X),
+    "split of a symbolic size": (ops.Split((2, 5)), "f32[B, S]"),
+    "gate and input of an odd size": (ops.Glu("silu"), "f32[B, S, 7]"),
+    "unknown activation": (ops.Glu("relu"), X),
+    "rows that are floats": (ops.SelectRows(), f"{X} f32[R]"),
+    "rows of a batch": (ops.SelectRows(), f"{X} i64[B, R]"),
+    "rows of a matrix": (ops.SelectRows(), "f32[S, 8] i64[R]"),
+    "positions of a vector": (ops.Positions(), "i64[S] i32[]"),
+    "past length in i64": (ops.Positions(), "i64[B, S] i64[]"),
+    "positions of other tokens": (ops.Rope(2, ROPE), f"{X} i64[B, T]"),
+    "rotating without tokens": (ops.Rope(2, ROPE), "f32[B, 8] i64[B, 8]"),
+    "rotating more than a head": (ops.Rope(4, ROPE), f"{X} i64[B, S]"),
+    "rotating an odd number of channels": (ops.Rope(2, RopeSpec(10000.0, 3)), f"{X} i64[B, S]"),
+    "rope factors of another size": (ops.Rope(2, ROPE), f"{X} i64[B, S] f32[4]"),
+    "rows of another head size": (ops.KvAppend(), f"{CACHE} f32[B, S, 16]"),
+    "rows of another batch": (ops.KvAppend(), f"{CACHE} f32[C, S, 8]"),
+    "a cache of rank 3": (ops.KvAppend(), f"f32[B, past, 8] {X}"),
+    "a cache of halves": (ops.KvAppend(), f"f16[B, 2, past, 4] {X}"),
+    "a cache with a symbolic head dim": (ops.KvAppend(), f"f32[B, 2, past, D] {X}"),
+    "unknown layout": (ops.KvWrite("paged"), f"{BUFFER} {X} i32[]"),
+    "writing without a length": (ops.KvWrite("linear"), f"{BUFFER} {X} i64[]"),
+    "a ring read whole": (ops.KvRead("ring"), f"{BUFFER} {X} i32[]"),
+    "a linear cache read by window": (ops.KvRead("linear", 16), f"{BUFFER} {X} i32[]"),
+    "more keys than values": (ops.Attention(4, 0.5), "f32[B, S, 16] f32[B, 2, T, 4] f32[B, 2, U, 4]"),
+    "keys of rank 3": (ops.Attention(4, 0.5), "f32[B, S, 16] f32[B, T, 8] f32[B, T, 8]"),
+    "queries of another head size": (ops.Attention(4, 0.5), f"{X} f32[B, 2, T, 4] f32[B, 2, T, 4]"),
+    "queries of another batch": (ops.Attention(4, 0.5), "f32[C, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4]"),
+    "heads that cannot share": (ops.Attention(3, 0.5), "f32[B, S, 12] f32[B, 2, T, 4] f32[B, 2, T, 4]"),
+    "fused: caches that differ": (
+        ops.GroupQueryAttention(4, 0.5, "linear"),
+        f"f32[B, S, 16] {X} {X} {BUFFER} f32[B, 2, 32, 4] i32[]",
+    ),
+    "fused: queries and keys of different tokens": (
+        ops.GroupQueryAttention(4, 0.5, "linear"),
+        f"f32[B, T, 16] {X} {X} {BUFFER} {BUFFER} i32[]",
+    ),
+    "fused: a ring without window": (
+        ops.GroupQueryAttention(4, 0.5, "ring"),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[]",
+    ),
+    "fused: factors without rope": (
+        ops.GroupQueryAttention(4, 0.5, "linear"),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[2]",
+    ),
+    "fused: factors of another size": (
+        ops.GroupQueryAttention(4, 0.5, "linear", rope=ROPE),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[4]",
+    ),
+    "fused: rotating more than a head": (
+        ops.GroupQueryAttention(4, 0.5, "linear", rope=RopeSpec(10000.0, 8)),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("op", "inputs", "results"), ACCEPTED, ids=lambda part: getattr(part, "name", None))
+def test_results_have_these_types(op: ops.Op, inputs: str, results: str) -> None:
+    assert op.infer(types(inputs)) == types(results)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    op, inputs = REFUSED[case]
+    with pytest.raises(GraphError, match=f"^{op.name}: "):
+        op.infer(types(inputs))
+
+
+def test_every_op_is_tried() -> None:
+    pending: list[type[ops.Op]] = [ops.Op]
+    leaves = set()
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if not cls.__subclasses__() and cls.__module__ == ops.__name__:
+            leaves.add(cls)
+    assert leaves == {type(op) for op, _, _ in ACCEPTED}

@@ -1,0 +1,155 @@
+"""The invariants of a graph, and how precisely the verifier says which one is broken where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rlxc.dtypes import DType
+from rlxc.errors import VerifyError
+from rlxc.ir import Alias, Concat, Graph, Node, Source, TensorType, Weight, ops, parse, verify
+
+SOUND = """
+graph sound
+input %x: f32[batch, seq, 4]
+weight @w: f32[2, 4]
+weight @tied: f32[2, 4] = alias(@w)
+weight @both: f32[4, 4] = concat(@w.part: f32[2, 4], @v.part: f32[2, 4])
+%a = Silu(%x)
+%b = MatMul(%a, @both)
+%c, %d = Split(%b; sizes=(1, 3))
+%e = Add(%x, %b)
+output %e
+output %x
+"""
+
+
+def weight(name: str, *shape: int, recipe: Source | Alias | Concat | None = None) -> Weight:
+    return Weight(name, TensorType(DType.F32, shape), recipe or Source(name))
+
+
+def problem(graph: Graph) -> str:
+    """What the verifier says about the graph after a pass called ``some_pass``."""
+    with pytest.raises(VerifyError) as caught:
+        verify(graph, after="some_pass")
+    assert caught.value.source == "some_pass"
+    return caught.value.problem
+
+
+def with_weights(*weights: Weight) -> Graph:
+    return Graph("weights", (), (), (), weights)
+
+
+def test_sound_graph_passes() -> None:
+    verify(parse(SOUND))
+
+
+def test_graph_is_blamed_by_its_name_unless_a_pass_made_it() -> None:
+    with pytest.raises(VerifyError, match=r"^sound: output %y"):
+        verify(replace(parse(SOUND), outputs=("y",)))
+
+
+def test_refusal_names_pass_node_types_and_feeders() -> None:
+    text = "%a = Silu(%x)\n%b = Mean(%a)\n%m = Mul(%x, %x)\n%c = AddRmsNorm(%a, %b, @w; eps=1.0)"
+    graph = parse(f"graph g\ninput %x: f32[4]\nweight @w: f32[4]\n{text}\n%n = Silu(%x)\noutput %c")
+    graph = replace(
+        graph, nodes=(*graph.nodes[:3], replace(graph.nodes[3], outputs=("c", "s")), graph.nodes[4])
+    )
+    with pytest.raises(VerifyError) as caught:
+        verify(graph, after="fuse_norm")
+    assert str(caught.value) == (
+        "fuse_norm: AddRmsNorm: residual f32[1] for f32[4] "
+        "(node %c, %s = AddRmsNorm, with %a from Silu, %b from Mean)"
+    )
+
+
+def test_the_first_refused_node_is_named() -> None:
+    chain = "\n".join(f"%v{i + 1} = Silu(%v{i})" for i in range(20))
+    graph = parse(f"graph g\ninput %v0: f32[4]\n{chain}\noutput %v20")
+    bad = Node(ops.Glu("relu"), ("v6",), ("v7",))
+    worse = Node(ops.Split((1,)), ("v12",), ("v13",))
+    nodes = (*graph.nodes[:6], bad, *graph.nodes[7:12], worse, *graph.nodes[13:])
+    assert "(node %v7 = Glu, with %v6 from Silu)" in problem(graph.with_nodes(nodes))
+
+
+def test_unknown_input_is_refused() -> None:
+    graph = parse("graph g\ninput %x: f32[4]\n%a = Add(%x, %y)\noutput %a")
+    assert problem(graph) == "Add reads 'y', which nothing before it defines (node %a = Add)"
+
+
+def test_use_before_definition_is_refused() -> None:
+    graph = parse("graph g\ninput %x: f32[4]\n%a = Silu(%b)\n%b = Silu(%x)\noutput %a")
+    assert "Silu reads 'b', which nothing before it defines" in problem(graph)
+
+
+def test_wrong_number_of_results_is_refused() -> None:
+    graph = parse("graph g\ninput %x: f32[4]\n%a, %b = Silu(%x)\noutput %a")
+    assert "Silu has 1 results, its node names 2 (node %a, %b = Silu)" in problem(graph)
+
+
+@pytest.mark.parametrize("name", ["x", "w", "a"], ids=["an input", "a weight", "a value"])
+def test_node_that_defines_a_name_again_is_refused(name: str) -> None:
+    lines = f"input %x: f32[4]\nweight @w: f32[4]\n%a = Silu(%x)\n%{name} = Silu(%a)"
+    assert f"Silu defines '{name}', which is defined already" in problem(
+        parse(f"graph g\n{lines}\noutput %{name}")
+    )
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "input %x: f32[4]\ninput %x: f32[4]",
+        "weight @x: f32[4]\nweight @x: f32[4]",
+        "input %x: f32[4]\nweight @x: f32[4]",
+    ],
+    ids=["inputs", "weights", "input and weight"],
+)
+def test_interface_that_uses_a_name_twice_is_refused(lines: str) -> None:
+    assert problem(parse(f"graph g\n{lines}")) == "'x' is defined twice"
+
+
+@pytest.mark.parametrize("name", ["nothing", "w"], ids=["unknown", "a weight"])
+def test_output_must_be_a_value(name: str) -> None:
+    graph = replace(parse(SOUND), outputs=("e", name))
+    assert problem(graph) == f"output %{name} is not a value of the graph"
+
+
+def test_output_listed_twice_is_refused() -> None:
+    assert problem(replace(parse(SOUND), outputs=("e", "x", "e"))) == "output %e is listed twice"
+
+
+def test_dangling_alias_is_refused() -> None:
+    graph = with_weights(weight("a", 2, 4, recipe=Alias("b")))
+    assert problem(graph) == "@a is an alias of @b, which is not a weight"
+
+
+def test_alias_cycle_is_refused() -> None:
+    graph = with_weights(weight("a", 2, 4, recipe=Alias("b")), weight("b", 2, 4, recipe=Alias("a")))
+    assert problem(graph) == "@a -> @b -> @a is a cycle of aliases"
+
+
+def test_alias_of_another_type_is_refused() -> None:
+    graph = with_weights(weight("a", 2, 4, recipe=Alias("b")), weight("b", 4, 4))
+    assert problem(graph) == "@a is f32[2, 4], its target @b is f32[4, 4]"
+
+
+def test_alias_that_is_part_of_a_whole_is_checked() -> None:
+    part = weight("part", 2, 4, recipe=Alias("nowhere"))
+    assert "@part is an alias of @nowhere" in problem(with_weights(weight("a", 2, 4, recipe=Concat((part,)))))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (),
+        (weight("b", 2, 4),),
+        (weight("b", 2, 4), weight("c", 1, 5)),
+        (weight("b", 2, 5), weight("c", 1, 5)),
+    ],
+    ids=["no parts", "too few rows", "different columns", "other columns"],
+)
+def test_parts_that_do_not_make_the_whole_are_refused(parts: tuple[Weight, ...]) -> None:
+    assert problem(with_weights(weight("a", 3, 4, recipe=Concat(parts)))).startswith(
+        "@a is f32[3, 4], its parts have"
+    )
