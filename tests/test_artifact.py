@@ -174,7 +174,7 @@ def test_field_of_another_type_is_refused_by_name(path: tuple[Any, ...]) -> None
         (("model", "layers"), 0),
         (("model", "vocab_size"), 2**31),
         (("model", "fingerprint"), "ABC"),
-        (("target", "backend"), "cuda"),
+        (("target", "backend"), "a/b"),
         (("options", "activations"), "int4"),
         (("kv_cache", "layers", 0, "layout"), "paged"),
         (("kv_cache", "layers", 0, "dtype"), "f31"),
