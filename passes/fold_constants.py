@@ -10,9 +10,6 @@ from rlxc.ir.ops import Add, Constant, Mul
 from rlxc.passes.base import Pass, PassResult
 from rlxc.passes.rewrite import rename
 
-LARGEST = 4096
-"""Elements of a folded result: constants are written out in the graph, so they stay small."""
-
 
 class FoldConstants(Pass):
     """Evaluates nodes whose inputs are constants; drops ``x * 1`` and ``x + 0``; joins ``(x * a) * b``."""
@@ -30,7 +27,8 @@ class FoldConstants(Pass):
                 node = Node(folded, (), node.outputs)
             elif isinstance(node.op, (Add, Mul)):
                 value, number = _operands(node, constants)
-                if number == (0.0 if isinstance(node.op, Add) else 1.0) and _can_go(graph, node, value):
+                is_identity = number == (0.0 if isinstance(node.op, Add) else 1.0)
+                if is_identity and node.outputs[0] not in graph.outputs:
                     names[node.outputs[0]] = value
                     continue
                 if isinstance(node.op, Mul) and number is not None:
@@ -51,13 +49,13 @@ class FoldConstants(Pass):
 
 
 def _evaluated(node: Node, constants: dict[str, Constant]) -> Constant | None:
-    """The node's result, if all its inputs are constants and it is small and a number."""
+    """The node's result, if all its inputs are constants (numbers and vectors: it is no larger) and f32 holds it."""
     known = [constants[name] for name in node.inputs if name in constants]
     if not known or len(known) != len(node.inputs) or len(node.outputs) != 1:
         return None
     with np.errstate(all="ignore"):  # what has no result here shall not have one when the model runs either
         (result,) = interp.evaluate(node.op, [interp.evaluate(constant, [])[0] for constant in known])
-    if result.ndim > 1 or result.size > LARGEST or not _fits_f32(result):
+    if not _fits_f32(result):
         return None
     return Constant(tuple(result.tolist()) if result.ndim else float(result))
 
@@ -68,11 +66,6 @@ def _operands(node: Node, constants: dict[str, Constant]) -> tuple[str, float | 
     value, other = (b, a) if a in constants else (a, b)
     constant = constants.get(other)
     return value, constant.value if constant is not None and not isinstance(constant.value, tuple) else None
-
-
-def _can_go(graph: Graph, node: Node, value: str) -> bool:
-    """Whether users of the node can read ``value`` instead."""
-    return graph.types[node.outputs[0]] == graph.types[value] and node.outputs[0] not in graph.outputs
 
 
 def _fits_f32(values: npt.ArrayLike) -> bool:

@@ -71,12 +71,9 @@ def _why_apart(graph: Graph, attention: Node, reads: list[Node], writes: list[No
         return "its caches are also read elsewhere"
     pasts = {node.inputs[2] for node in (*reads, *writes)}
     assert isinstance(key_read.op, KvRead) and isinstance(attention.op, Attention)
-    windows = (
-        None,
-        attention.op.window,
-    )  # a ring gives what the window sees, a linear cache gives everything
     alike = key_read.op == value_read.op and key_write.op == value_write.op and len(pasts) == 1
-    if not alike or key_read.op.window not in windows:
+    # A ring gives what the window sees, a linear cache gives everything.
+    if not alike or key_read.op.window not in (None, attention.op.window):
         return "its caches are laid out differently"
     return ""
 

@@ -18,7 +18,7 @@ class RemoveDead(Pass):
                 kept.append(node)
                 needed.update(node.inputs)
         for name in needed & graph.weight.keys():
-            while isinstance(recipe := graph.weight[name].recipe, Alias) and recipe.target not in needed:
+            while isinstance(recipe := graph.weight[name].recipe, Alias):
                 name = recipe.target
                 needed.add(name)
         weights = [weight for weight in graph.weights if weight.name in needed]

@@ -105,7 +105,9 @@ class ScheduleKvCache(Pass):
                 raise GraphError(
                     f"cache %{grown} is for one attention, its readers are {readers}", source=self.name
                 )
-            others = [user for user in graph.users[cache] if user != node and not isinstance(user.op, Positions)]
+            others = [
+                user for user in graph.users[cache] if user != node and not isinstance(user.op, Positions)
+            ]
             if others:
                 raise GraphError(f"{others[0].op.name} reads cache %{cache} as it was", source=self.name)
         if len({graph.types[cache].shape[2] for cache in buffers}) > 1:

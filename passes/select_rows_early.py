@@ -33,8 +33,6 @@ class SelectRowsEarly(Pass):
         if len(selections) != 1:
             return PassResult(graph, False)
         (selection,) = selections
-        if selection.inputs[1] in graph.producer:  # may not be computed yet where the selection would go
-            return PassResult(graph, False)
         moved = self._movable(graph, selection)
         if not moved:
             return PassResult(graph, False)

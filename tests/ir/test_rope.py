@@ -124,6 +124,12 @@ class TestYarn:
         assert ((ratio > 1 / 8) & (ratio < 1)).all()
         assert (np.diff(ratio) < 0).all()
 
+    def test_ramp_runs_over_whole_channels(self) -> None:
+        # 128 ln(4096 / (32 * 2 pi)) / (2 ln 10000) = 20.9, which is rounded down; with 1 turn 45.03, rounded up.
+        ramp = np.clip((np.arange(64) - 20) / (46 - 20), 0, 1)
+        expected = rotations(self.plain) * (1 - ramp * 7 / 8)
+        np.testing.assert_allclose(rotations(self.spec), expected, rtol=TOLERANCE)
+
     def test_attention_grows_with_the_logarithm_of_the_factor(self) -> None:
         cos, sin = self.spec.angles(np.array(77))
         np.testing.assert_allclose(np.hypot(cos, sin), 1 + 0.1 * math.log(8), rtol=TOLERANCE)

@@ -110,6 +110,7 @@ RESIDUAL = {
 
 APART = {
     "the norm is per head": "%sum = Add(%x, %r)\n%y = RmsNorm(%sum, @half; eps=0.5, heads=2)\noutput %y",
+    "the sum is with a weight": "%sum = Add(@w, @v)\n%y = RmsNorm(%sum, @w; eps=0.5)\noutput %y",
     "the sum broadcasts": "%sum = Add(%x, @w)\n%y = RmsNorm(%sum, @w; eps=0.5)\noutput %y",
     "the norm's weight is computed": (
         "%sum = Add(%x, %r)\n%c = Add(@w, @v)\n%y = RmsNorm(%sum, %c; eps=0.5)\noutput %y"

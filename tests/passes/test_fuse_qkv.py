@@ -115,6 +115,17 @@ CASES = {
         + SPLIT
         + ROTATED,
     ),
+    "what reads a product stands before the next": (
+        weights("q8_0", "q8_0", "q8_0")
+        + PRODUCTS.replace("%l.k =", "%more = Silu(%l.q)\n%l.k =")
+        + ATTENTION,
+        weights("q8_0", "q8_0", "q8_0")
+        + stacked("q8_0", "q8_0", "q8_0", "q8_0")
+        + PRODUCT
+        + SPLIT
+        + "\n%more = Silu(%l.q)\n"
+        + ATTENTION,
+    ),
     "values of another storage stay apart": (
         weights("q5_0", "q8_0", "q6_k") + PRODUCTS + ATTENTION,
         weights("q5_0", "q8_0", "q6_k")
@@ -151,6 +162,10 @@ LEFT_ALONE = {
     "a weight is also used elsewhere": ALIKE
     + PRODUCTS
     + "%more = DequantMatMul(%z, @wq)\n%other = DequantMatMul(%z, @wk)\noutput %more\noutput %other\n"
+    + ATTENTION,
+    "stay apart: a weight is also used elsewhere": ALIKE
+    + PRODUCTS
+    + "".join(f"%more{i} = DequantMatMul(%z, @w{i})\noutput %more{i}\n" for i in "qkv")
     + ATTENTION,
     "or not stored": HEAD
     + "input %wq: f32[8, 32]\ninput %wk: f32[4, 32]\nweight @wv: f32[4, 32]\n"

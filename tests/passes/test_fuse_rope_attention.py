@@ -124,6 +124,7 @@ LEFT_ALONE = {
         "%values = KvRead(%present.0.value, %v, %past_length; layout='ring', window=3)",
     )
     + OUTPUTS,
+    "are laid out differently": LINEAR.replace("%v, %past_length", "%v, %other") + "input %other: i32[]",
     "differently": head(7)
     + ROPE
     + cached("%qr", "%kr", "layout='ring'", ", window=2", ", window=3")
