@@ -2,9 +2,9 @@
 
     python examples/compare_llama_cpp.py model.gguf [--threads 2] [--json]
 
-Each round measures, for one and then for the other: prefill of P random tokens, then N single-token steps after them.
-Ratios are of medians over the rounds. llama.cpp must be built for this CPU, which installing it from source does:
-`pip install --no-binary llama-cpp-python llama-cpp-python`.
+Each round measures, for one and then for the other: prefill of P random tokens into an empty context, N single-token
+steps after them, and N single-token steps from an empty context. Ratios are of medians over the rounds. llama.cpp must
+be built for this CPU, as installing from source does: `pip install --no-binary llama-cpp-python llama-cpp-python`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,52 @@ from llama_cpp import Llama
 import rlxc
 
 
+class Rlxc:
+    """A session, as the benchmark drives it."""
+
+    def __init__(self, artifact: Path, threads: int) -> None:
+        self.session = rlxc.load(artifact, threads=threads)
+        self.reset = self.session.reset
+
+    def run(self, ids: list[int]) -> None:
+        """Append tokens and compute the logits after the last."""
+        self.session.prefill(ids)
+
+
+class LlamaCpp:
+    """llama.cpp, driven through its C interface: the Python wrapper's own steps copy logits."""
+
+    def __init__(self, model: Path, context: int, threads: int) -> None:
+        self.llama = Llama(
+            str(model),
+            n_ctx=context,
+            n_batch=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+        self.batch = llama_cpp.llama_batch_init(context, 0, 1)
+        self.position = 0
+
+    def reset(self) -> None:
+        """Empty the context."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.llama.ctx), True)
+        self.position = 0
+
+    def run(self, ids: list[int]) -> None:
+        """Append tokens and compute the logits after the last."""
+        batch = self.batch
+        batch.n_tokens = len(ids)
+        for i, id in enumerate(ids):
+            batch.token[i], batch.pos[i] = id, self.position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = i == len(ids) - 1
+        if llama_cpp.llama_decode(self.llama.ctx, batch) != 0:
+            raise RuntimeError("llama.cpp could not decode the batch")
+        llama_cpp.llama_synchronize(self.llama.ctx)
+        self.position += len(ids)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -40,69 +86,46 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "model.rlx"
         rlxc.compile(args.model, artifact)
-        context = args.prompt + args.tokens
-        peer = Llama(
-            str(args.model),
-            n_ctx=context,
-            n_batch=args.prompt,
-            n_ubatch=512,
-            n_threads=args.threads,
-            n_threads_batch=args.threads,
-            verbose=False,
+        contenders = {
+            "rlxc": Rlxc(artifact, args.threads),
+            "llama.cpp": LlamaCpp(args.model, args.prompt + args.tokens, args.threads),
+        }
+        vocab = contenders["rlxc"].session.vocab_size
+        ids = np.random.default_rng(0).integers(0, vocab, args.prompt + args.tokens).tolist()
+        prompt, rest = ids[: args.prompt], ids[args.prompt :]
+        stages = (
+            f"prefill {args.prompt}",
+            f"decode {args.tokens} after it",
+            f"decode {args.tokens} from empty",
         )
-        with rlxc.load(artifact, threads=args.threads) as session:
-            ids = np.random.default_rng(0).integers(0, session.vocab_size, context).tolist()
-            prompt, rest = ids[: args.prompt], ids[args.prompt :]
-            prefill: dict[str, list[float]] = {"rlxc": [], "llama.cpp": []}
-            decode: dict[str, list[float]] = {"rlxc": [], "llama.cpp": []}
-            for _ in range(args.rounds + 1):
-                for name, reset, many, one in (
-                    ("rlxc", session.reset, session.prefill, session.decode),
-                    ("llama.cpp", peer.reset, *peer_steps(peer)),
-                ):
-                    reset()
-                    prefill[name].append(args.prompt / seconds(lambda many=many: many(prompt)))
-                    decode[name].append(args.tokens / seconds(lambda one=one: [one(id) for id in rest]))
+        speeds: dict[str, dict[str, list[float]]] = {
+            stage: {name: [] for name in contenders} for stage in stages
+        }
+        for _ in range(args.rounds + 1):
+            for name, contender in contenders.items():
+                time.sleep(0.2)  # the other one's idle threads stop spinning
+                contender.reset()
+                prefill = seconds(lambda one=contender: one.run(prompt))
+                after = seconds(lambda one=contender: [one.run([id]) for id in rest])
+                contender.reset()
+                empty = seconds(lambda one=contender: [one.run([id]) for id in rest])
+                counts = (len(prompt) / prefill, len(rest) / after, len(rest) / empty)
+                for stage, speed in zip(stages, counts):
+                    speeds[stage][name].append(speed)
     # The first round warms up.
-    speeds = {"prefill": prefill, "decode": decode}
-    medians = {k: {name: statistics.median(v[1:]) for name, v in by.items()} for k, by in speeds.items()}
-    ratios = {kind: by["rlxc"] / by["llama.cpp"] for kind, by in medians.items()}
+    medians = {
+        stage: {name: statistics.median(v[1:]) for name, v in by.items()} for stage, by in speeds.items()
+    }
+    ratios = {stage: by["rlxc"] / by["llama.cpp"] for stage, by in medians.items()}
     if args.json:
         print(json.dumps({"ratios": ratios, "tokens_per_second": speeds, "threads": args.threads}))
         return
-    for kind, count in (("prefill", args.prompt), ("decode", args.tokens)):
+    for stage, by in speeds.items():
         shown = "   ".join(
-            f"{name} {medians[kind][name]:6.0f} ({min(v[1:]):.0f}..{max(v[1:]):.0f})"
-            for name, v in speeds[kind].items()
+            f"{name} {medians[stage][name]:5.0f} ({min(v[1:]):.0f}..{max(v[1:]):.0f})"
+            for name, v in by.items()
         )
-        print(f"{kind:8} {count:5} tokens   tokens/s: {shown}   ratio {ratios[kind]:.2f}")
-
-
-def peer_steps(peer: Llama) -> tuple[Callable[[list[int]], None], Callable[[int], None]]:
-    """llama.cpp's steps without its Python wrapper's copies of the logits."""
-    capacity = peer.n_batch
-    batch = llama_cpp.llama_batch_init(capacity, 0, 1)
-    position = 0
-
-    def many(ids: list[int]) -> None:
-        nonlocal position
-        position = 0
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(peer.ctx), True)
-        run(ids)
-
-    def run(ids: list[int]) -> None:
-        nonlocal position
-        batch.n_tokens = len(ids)
-        for i, id in enumerate(ids):
-            batch.token[i], batch.pos[i] = id, position + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = i == len(ids) - 1
-        if llama_cpp.llama_decode(peer.ctx, batch) != 0:
-            raise RuntimeError("llama.cpp could not decode the batch")
-        llama_cpp.llama_synchronize(peer.ctx)
-        position += len(ids)
-
-    return many, lambda id: run([id])
+        print(f"{stage:21} tokens/s: {shown}   ratio {ratios[stage]:.2f}")
 
 
 def seconds(work: Callable[[], object]) -> float:

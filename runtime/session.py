@@ -125,7 +125,7 @@ class Session:
         return self._engine.vocab_size
 
     def prefill(self, ids: Ids) -> Logits:
-        """Append tokens to the sequence; returns the logits ``[vocab]`` after the last one, a copy.
+        """Append tokens to the sequence; returns the logits ``[vocab]`` after the last one.
 
         Raises:
             ContextError: they do not fit; the sequence is unchanged.
@@ -134,7 +134,7 @@ class Session:
         tokens = self._tokens(ids)
         with self._using():
             self._stream = None
-            return self._extend(tokens).copy()
+            return self._extend(tokens)
 
     def decode(self, id: int) -> Logits:
         """Append one token; as :meth:`prefill`."""
@@ -305,7 +305,7 @@ class Session:
             ) from error
 
     def _extend(self, tokens: npt.NDArray[np.int64]) -> Logits:
-        """Append to the sequence; returns the logits after the last token, valid until the next step."""
+        """Append to the sequence; returns the logits after the last token."""
         self._check_room(len(tokens), self._cache.position)
         for start in range(0, len(tokens), self._engine.max_step):
             chunk = tokens[start : start + self._engine.max_step]

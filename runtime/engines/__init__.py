@@ -53,7 +53,7 @@ class Engine(Protocol[C]):
             rows: ``[R]``, the positions in ``ids`` whose logits are wanted; maybe none.
 
         Returns:
-            Logits ``[R, vocab]``, maybe a view that is valid until the next step.
+            Logits ``[R, vocab]``, the caller's to keep.
         """
 
     def close(self) -> None:

@@ -72,10 +72,12 @@ class OnnxRuntimeEngine:
         self.max_step = manifest.kv_cache.max_step
         self._plan = manifest.kv_cache
         self._mask = np.ones((1, self.context), np.int64)
-        self._logits = np.empty((1, 1, self.vocab_size), np.float32)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = (
+            False  # an arena keeps what a long prompt needed, and is no faster here
+        )
         try:
             path = str(artifact.file("model.onnx"))
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -92,23 +94,22 @@ class OnnxRuntimeEngine:
         return OnnxCache(self._session, self._plan)
 
     def step(self, cache: OnnxCache, ids: Int64s, rows: Int64s) -> Floats:
-        """Run tokens ``[S]`` after those that the cache holds; the logits of ``rows [R]``: ``f32 [R, vocab]``.
-
-        The result is a view that the next step overwrites.
-        """
+        """Run tokens ``[S]`` after those that the cache holds; the logits of ``rows [R]``: ``f32 [R, vocab]``."""
         total = cache.position + len(ids)
         binding = cache.binding
         binding.bind_cpu_input("input_ids", ids[None])
         binding.bind_cpu_input("attention_mask", self._mask[:, :total])
         # Binding a value rather than an array, because this input has a default and is not among the model's inputs.
         binding.bind_ortvalue_input("logit_rows", ort.OrtValue.ortvalue_from_numpy(rows))
+        logits = np.empty((1, len(rows), self.vocab_size), np.float32)
         if len(rows) == 1:
-            binding.bind_output("logits", *_CPU, np.float32, self._logits.shape, self._logits.ctypes.data)
+            binding.bind_output("logits", *_CPU, np.float32, logits.shape, logits.ctypes.data)
         else:  # The model declares one row, and takes no buffer of another shape.
             binding.bind_output("logits", *_CPU)
         self._session.run_with_iobinding(binding)
         cache.position = total
-        logits = self._logits if len(rows) == 1 else binding.get_outputs()[-1].numpy()
+        if len(rows) != 1:
+            logits = binding.get_outputs()[-1].numpy()
         result: Floats = logits[0]
         return result
 
