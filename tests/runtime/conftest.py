@@ -97,7 +97,7 @@ class FakeEngine:
     """Obeys the engine protocol, and checks that the session does.
 
     After a history, the best token is ``script[len(history)]`` where there is one; the other logits are noise that
-    the whole history seeds. The returned view turns to NaN with the next step, as the protocol allows.
+    the whole history seeds.
     """
 
     vocab_size, context, max_step = VOCAB, CONTEXT, MAX_STEP
@@ -106,7 +106,6 @@ class FakeEngine:
         self.script = script
         self.steps: list[int] = []
         self.closed = False
-        self._result = np.zeros((0, VOCAB), np.float32)
 
     def logits(self, history: Sequence[int]) -> npt.NDArray[np.float32]:
         row = np.random.default_rng(list(history)).standard_normal(VOCAB).astype(np.float32)
@@ -127,12 +126,10 @@ class FakeEngine:
         assert cache.position + len(ids) <= CONTEXT
         assert all(0 <= token < VOCAB for token in ids)
         assert all(0 <= row < len(ids) for row in rows)
-        self._result.fill(np.nan)
         wanted = [self.logits(cache.ids + ids[: row + 1].tolist()) for row in rows]
-        self._result = np.stack(wanted) if wanted else np.empty((0, VOCAB), np.float32)
         self.steps.append(len(ids))
         cache.ids.extend(ids.tolist())
-        return self._result
+        return np.stack(wanted) if wanted else np.empty((0, VOCAB), np.float32)
 
     def close(self) -> None:
         self.closed = True
