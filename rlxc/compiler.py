@@ -74,7 +74,7 @@ def compile(
         context: number of positions, at most what the model was trained for; by default 4096, or that if it is less.
         overwrite: replace an artifact that is there; it stays untouched until the new one is complete.
         progress: called as the work goes on.
-        trace: called with a line per pass, and one per rewrite that nearly applied.
+        trace: called with each pass's report, which also says what nearly applied.
 
     Raises:
         RlxcError: the input is damaged or not supported, an option is out of range, or the output cannot be written.

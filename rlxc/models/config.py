@@ -145,7 +145,8 @@ def read_rope(fields: Fields, config: Config, *, interleaved: bool) -> RopeSpec:
     theta = fields.number("rope.freq_base", 10000.0)
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
     original = fields.integer("rope.scaling.original_context_length", config.trained_context)
-    fields.ignore("rope.scaling.finetuned")
+    # llama.cpp computes YaRN's magnitude from the factor whatever the second key says.
+    fields.ignore("rope.scaling.finetuned", "rope.scaling.yarn_attn_factor")
     kind = fields.text("rope.scaling.type", "linear")
     if kind == "none":
         return RopeSpec(theta, dim, interleaved)
@@ -155,9 +156,7 @@ def read_rope(fields: Fields, config: Config, *, interleaved: bool) -> RopeSpec:
         yarn = Yarn(
             original,
             extrapolation=fields.number("rope.scaling.yarn_ext_factor", 1.0),
-            attention=fields.number(
-                "rope.scaling.attn_factor", fields.number("rope.scaling.yarn_attn_factor", 1.0)
-            ),
+            attention=fields.number("rope.scaling.attn_factor", 1.0),
             beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
         )
