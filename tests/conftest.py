@@ -10,11 +10,17 @@ import hypothesis
 import pytest
 
 import rlxc
+from rlxc.backends.onnx.runtime import installed_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_ring") and not installed_runtime().has_ring:
+        pytest.skip("this ONNX Runtime has no ring caches")
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ def test_context_is_what_a_short_model_allows_by_default(tiny_gguf: Path, tmp_pa
     assert manifest.options.context == manifest.model.trained_context == 256
 
 
+@pytest.mark.needs_ring
 @pytest.mark.parametrize(
     ("context", "expected"), [(24, ("linear", 24)), (25, ("ring", 24)), (256, ("ring", 24))]
 )
@@ -231,6 +232,7 @@ def test_real_artifact_says_what_was_compiled(gemma_artifact: Path, gemma_gguf: 
     assert model.fingerprint == hashlib.sha256(gemma_gguf.read_bytes()).hexdigest()
 
 
+@pytest.mark.needs_ring
 def test_real_artifact_plans_rings_and_full_layers(gemma_artifact: Path) -> None:
     plan = Artifact.open(gemma_artifact).manifest.kv_cache
     assert plan.context == 4096

@@ -55,6 +55,7 @@ def test_interpreted_steps_equal_one_pass(variant: str, open_tiny: Open) -> None
     np.testing.assert_allclose(np.concatenate(parts), model.logits(LONG), rtol=0, atol=1e-10)
 
 
+@pytest.mark.needs_ring
 def test_steps_go_around_the_rings(tiny_artifact: Compile) -> None:
     plan = Artifact.open(tiny_artifact("gemma3-window", "float32")).manifest.kv_cache
     rings = [layer.capacity for layer in plan.layers if layer.layout == "ring"]

@@ -234,7 +234,7 @@ def _matrix(kind: Ggml, shape: tuple[int, ...], rng: np.random.RandomState) -> n
             _put_half(blocks, min_at, unit * mean_code * size)
 
     set_scales(1e-3)
-    set_scales(1e-3 * WEIGHT_SIZE / float(gguf.dequantize(blocks, kind).std()))
+    set_scales(1e-3 * WEIGHT_SIZE / float(gguf.dequantize(blocks, kind).std(dtype=np.float64)))
     return blocks.reshape(shape[0], -1)
 
 

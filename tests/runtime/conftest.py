@@ -24,6 +24,7 @@ from rlxc.artifact import (
     TargetFacts,
     TokenizerFacts,
 )
+from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.dtypes import DType
 from rlxc.runtime import Session
 from rlxc.runtime.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def tokenizer_json() -> bytes:
 MANIFEST = Manifest(
     rlxc="0.1.0",
     model=ModelFacts("gemma3", "tiny", "0" * 64, layers=1, vocab_size=VOCAB, trained_context=CONTEXT),
-    target=TargetFacts("onnx", "onnxruntime>=1.31"),
+    target=TargetFacts("onnx", installed_runtime().name),
     options=Options("int8", context=CONTEXT),
     kv_cache=KvPlan(CONTEXT, MAX_STEP, 32, (KvLayer(0, "linear", CONTEXT, None, 1, 4, DType.F32, 32),)),
     tokenizer=TokenizerFacts(bos_id=BOS, eos_ids=(EOS,), add_bos=True, add_eos=False),
