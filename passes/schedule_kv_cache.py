@@ -19,7 +19,7 @@ from rlxc.ir.ops import Attention, KvAppend, KvRead, KvWrite, Positions
 from rlxc.passes.base import Pass, PassResult
 
 PAST = "past_length"
-_BYTES = {DType.F32: 4, DType.F16: 2, DType.BF16: 2}
+_F32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -149,5 +149,5 @@ def _layer_facts(index: int, layout: str, cache: TensorType, window: int | None)
         "heads": heads,
         "head_dim": dim,
         "dtype": cache.dtype.value,
-        "bytes_per_token": 2 * heads * dim * _BYTES[cache.dtype],
+        "bytes_per_token": 2 * heads * dim * _F32_BYTES,
     }

@@ -33,6 +33,7 @@ from rlxc.backends import BuildOptions, get_backend
 from rlxc.dtypes import DType
 from rlxc.errors import ModelError, OptionError, UnsupportedError
 from rlxc.ir import Graph, show
+from rlxc.ir.target import TargetFeatures
 from rlxc.ir.text import show_recipe
 from rlxc.models import Config, build_model
 from rlxc.passes import PipelineResult, default_passes, run_passes
@@ -89,7 +90,7 @@ def compile(
     with open_gguf(model) as file:
         config, registry, graph = _model(file)
         context = _checked_context(context, config, file.path)
-        result = _lower(graph, backend, context, trace=trace)
+        result = _lower(graph, engine.features, context, trace=trace)
         tokenizer = build_tokenizer(file.metadata, source=file.path)
         if tokenizer.vocab_size > config.vocab:
             raise ModelError(
@@ -155,7 +156,7 @@ def lower(
     with open_gguf(model) as file:
         config, _, graph = _model(file)
         context = _checked_context(context, config, file.path)
-        return show(_lower(graph, backend, context, after=after, trace=trace).graph)
+        return show(_lower(graph, get_backend(backend).features, context, after=after, trace=trace).graph)
 
 
 def _model(file: GgufFile) -> tuple[Config, WeightRegistry, Graph]:
@@ -178,13 +179,13 @@ def _checked_context(context: int | None, config: Config, source: Path) -> int:
 
 def _lower(
     graph: Graph,
-    backend: str,
+    features: TargetFeatures,
     context: int,
     *,
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> PipelineResult:
-    passes = default_passes(get_backend(backend).features, context=context, max_step=min(MAX_STEP, context))
+    passes = default_passes(features, context=context, max_step=min(MAX_STEP, context))
     return run_passes(graph, passes, trace=trace, stop_after=after)
 
 

@@ -1,6 +1,8 @@
-"""ONNX Runtime as an engine: caches stay in one place, logits arrive in one buffer, nothing else is copied."""
+"""ONNX Runtime as an engine: caches stay in one place, logits arrive in the caller's buffer, nothing is copied."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +17,6 @@ Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 _CPU = ("cpu", 0)
-
-# GroupQueryAttention's window changed meaning in between: a model for the one must not run on the other.
-_IS_CURRENT = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 31)
-_RUNS = "onnxruntime>=1.31" if _IS_CURRENT else "onnxruntime<1.24"
 
 # ONNX Runtime's exceptions have no base class of their own.
 _LOAD_ERRORS = (
@@ -61,7 +59,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         manifest = artifact.manifest
-        if manifest.target.runs_on != _RUNS:
+        if not _is_met(manifest.target.runs_on):
             raise SessionError(
                 f"compiled for {manifest.target.runs_on}, this is onnxruntime {ort.__version__}",
                 source=artifact.path,
@@ -75,9 +73,8 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.enable_cpu_mem_arena = (
-            False  # an arena keeps what a long prompt needed, and is no faster here
-        )
+        # An arena keeps what the longest prompt needed, and is no faster here.
+        options.enable_cpu_mem_arena = False
         try:
             path = str(artifact.file("model.onnx"))
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -101,8 +98,8 @@ class OnnxRuntimeEngine:
         binding.bind_cpu_input("attention_mask", self._mask[:, :total])
         # Binding a value rather than an array, because this input has a default and is not among the model's inputs.
         binding.bind_ortvalue_input("logit_rows", ort.OrtValue.ortvalue_from_numpy(rows))
-        logits = np.empty((1, len(rows), self.vocab_size), np.float32)
         if len(rows) == 1:
+            logits = np.empty((1, 1, self.vocab_size), np.float32)
             binding.bind_output("logits", *_CPU, np.float32, logits.shape, logits.ctypes.data)
         else:  # The model declares one row, and takes no buffer of another shape.
             binding.bind_output("logits", *_CPU)
@@ -116,3 +113,13 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Release the session's memory and threads."""
         del self._session
+
+
+def _is_met(requirement: str) -> bool:
+    """Whether this ONNX Runtime is in the range that a model was made for, ``onnxruntime>=1.31`` or ``<1.24``."""
+    found = re.fullmatch(r"onnxruntime(>=|<)(\d+)\.(\d+)", requirement)
+    if found is None:
+        return False
+    here = tuple(map(int, ort.__version__.split(".")[:2]))
+    bound = (int(found[2]), int(found[3]))
+    return here >= bound if found[1] == ">=" else here < bound

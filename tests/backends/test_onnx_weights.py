@@ -186,6 +186,22 @@ def test_concatenated_float_weights_keep_their_order(build: Build) -> None:
     np.testing.assert_array_equal(built.run({"ids": np.arange(OUT)[None]})["y"][0], expected)
 
 
+def test_narrow_weight_that_is_read_twice_is_cast_once(build: Build) -> None:
+    built = build(
+        """graph twice
+input %x: f32[batch, seq, 32]
+weight @w: f16[32, 32]
+%a = MatMul(%x, @w)
+%b = MatMul(%a, @w)
+output %b
+"""
+    )
+    assert [node.op_type for node in built.model.graph.node].count("Cast") == 1
+    x = np.random.default_rng(0).standard_normal((1, 3, 32)).astype(np.float32)
+    # Two f32 sums over 32 products of values below 1.
+    np.testing.assert_allclose(built.run({"x": x})["b"], built.interpret({"x": x})["b"], rtol=0, atol=1e-5)
+
+
 def test_weights_start_on_pages(build: Build) -> None:
     built = build(TIED.format(dtype="q4_k"))
     offsets = [

@@ -92,3 +92,22 @@ def test_default_is_one_thread_for_each_core_that_may_be_used(
     monkeypatch.setattr(rlxc.runtime.threads, "_SIBLINGS", f"{tmp_path}/{{}}")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: available, raising=False)
     assert choose_threads(None) == cores
+
+
+@pytest.mark.parametrize("requirement", ["onnxruntime>=99.0", "onnxruntime<1.0", "abacus>=1.0"])
+def test_model_for_another_onnxruntime_is_refused(make_artifact: MakeArtifact, requirement: str) -> None:
+    plain = make_artifact()
+    target = TargetFacts("onnx", requirement)
+    other = make_artifact("other.rlx", manifest=replace(plain.manifest, target=target))
+    with pytest.raises(SessionError, match=f"compiled for {requirement}, this is onnxruntime"):
+        load(other.path)
+
+
+@pytest.mark.parametrize("requirement", ["onnxruntime>=1.0", "onnxruntime<99.0"])
+def test_range_that_this_onnxruntime_is_in_is_accepted(make_artifact: MakeArtifact, requirement: str) -> None:
+    plain = make_artifact()
+    target = TargetFacts("onnx", requirement)
+    other = make_artifact("other.rlx", manifest=replace(plain.manifest, target=target))
+    # The model itself is no ONNX file: getting as far as reading it shows that the range was met.
+    with pytest.raises(SessionError, match="cannot load the model"):
+        load(other.path)

@@ -47,6 +47,7 @@ class Lowering:
         self.initializers: dict[str, TensorProto] = {}
         self._rope_tables: dict[tuple[RopeSpec, str], tuple[str, str]] = {}
         self._block_sums: set[str] = set()
+        self._casts: set[str] = set()
         self._lengths: list[str] = []
 
     def add(
@@ -84,8 +85,11 @@ class Lowering:
         tensor = self.external(name, stored.data_type, tuple(map(int, shape)), stored.region)
         if stored.data_type == TensorProto.FLOAT:
             return tensor
-        self.add("Cast", [tensor], [f"{name}.f32"], to=TensorProto.FLOAT)
-        return f"{name}.f32"
+        cast = f"{name}.f32"
+        if cast not in self._casts:
+            self._casts.add(cast)
+            self.add("Cast", [tensor], [cast], to=TensorProto.FLOAT)
+        return cast
 
     def packed_inputs(self, name: str, weight: StoredPacked, *, gather: bool) -> list[str]:
         """Codes and scales as ``MatMulNBits`` takes them, or, with zero points, ``GatherBlockQuantized``."""
