@@ -32,7 +32,7 @@ def default_passes(features: TargetFeatures, *, context: int, max_step: int) -> 
         FuseNorm(with_residual=features.add_rms_norm),
         FuseQkv(features),  # looks through norm, rope and growing cache
         FuseGatedMlp(features),
-        ScheduleKvCache(context=context, max_step=max_step, ring=features.ring_cache),
+        ScheduleKvCache(features, context=context, max_step=max_step),
         FuseRopeAttention(features),  # needs the scheduled caches
         RemoveDead(),  # what the passes above left without users
     ]

@@ -16,10 +16,11 @@ from rlxc.dtypes import DType
 from rlxc.errors import GraphError
 from rlxc.ir import Graph, Node, TensorType, Value
 from rlxc.ir.ops import Attention, KvAppend, KvRead, KvWrite, Positions
+from rlxc.ir.target import TargetFeatures
 from rlxc.passes.base import Pass, PassResult
 
 PAST = "past_length"
-_F32_BYTES = 4
+_ELEMENT_BYTES = {DType.F32: 4, DType.F16: 2}
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class ScheduleKvCache(Pass):
     Args:
         context: positions that a linear cache holds.
         max_step: tokens that a step adds at most.
-        ring: whether the target can keep a window in a ring.
+        features: whether the target can keep a window in a ring, and the type and number of a cache's rows.
     """
 
-    def __init__(self, *, context: int, max_step: int, ring: bool) -> None:
-        self.context, self.max_step, self.ring = context, max_step, ring
+    def __init__(self, features: TargetFeatures, *, context: int, max_step: int) -> None:
+        self.features, self.context, self.max_step = features, context, max_step
 
     def run(self, graph: Graph) -> PassResult:
         """See the class.
@@ -86,10 +87,12 @@ class ScheduleKvCache(Pass):
             )
         old = graph.types[pasts[0]]
         batch, heads, _, dim = old.shape
-        in_ring = self.ring and window is not None and window + self.max_step < self.context
+        in_ring = self.features.ring_cache and window is not None and window + self.max_step < self.context
         ring_window = window if in_ring else None
-        capacity = self.context if ring_window is None else ring_window + self.max_step
-        return _Buffer(TensorType(old.dtype, (batch, heads, capacity, dim)), ring_window), pasts
+        needed = self.context if ring_window is None else ring_window + self.max_step
+        capacity = -(-needed // self.features.cache_rows) * self.features.cache_rows
+        type_ = TensorType(self.features.cache_dtype, (batch, heads, capacity, dim))
+        return _Buffer(type_, ring_window), pasts
 
     def _check_uses(self, graph: Graph, buffers: Mapping[str, _Buffer]) -> None:
         inputs = {value.name for value in graph.inputs}
@@ -149,5 +152,5 @@ def _layer_facts(index: int, layout: str, cache: TensorType, window: int | None)
         "heads": heads,
         "head_dim": dim,
         "dtype": cache.dtype.value,
-        "bytes_per_token": 2 * heads * dim * _F32_BYTES,
+        "bytes_per_token": 2 * heads * dim * _ELEMENT_BYTES[cache.dtype],
     }

@@ -29,7 +29,7 @@ from rlxc.artifact import (
     TokenizerFacts,
     WeightEntry,
 )
-from rlxc.backends import BuildOptions, get_backend
+from rlxc.backends import BuildOptions, default_backend, get_backend
 from rlxc.dtypes import DType
 from rlxc.errors import ModelError, OptionError, UnsupportedError
 from rlxc.ir import Graph, show
@@ -55,7 +55,7 @@ def compile(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    backend: BackendName = "onnx",
+    backend: BackendName | None = None,
     target: str = "native",
     activations: Activations = "int8",
     context: int | None = None,
@@ -68,8 +68,9 @@ def compile(
     Args:
         model: a GGUF file (of a split model, the first).
         output: the artifact to write, a folder that must not exist yet.
-        backend: ``onnx``.
-        target: ``native``; ONNX Runtime adapts to the CPU it runs on.
+        backend: ``tvm`` or ``onnx``; by default tvm where it is installed.
+        target: the CPUs that tvm makes code for: ``native``, or names of :data:`rlxc.backends.tvm.targets.TARGETS`
+            with commas between. ONNX Runtime adapts to the CPU it runs on: for onnx there is only ``native``.
         activations: ``int8`` lets matrix products round their inputs to 8 bits per block, as llama.cpp does;
             ``float32`` keeps them exact and is slow.
         context: number of positions, at most what the model was trained for; by default 4096, or that if it is less.
@@ -83,10 +84,8 @@ def compile(
     if activations not in get_args(Activations):
         known = ", ".join(get_args(Activations))
         raise OptionError(f"activations {activations!r} are unknown", remedy=f"choose one of: {known}")
-    if target != "native":
-        raise OptionError(f"target {target!r} is unknown", remedy="the onnx backend has one target: native")
     tell: Progress = progress or (lambda stage, done, total: None)
-    engine = get_backend(backend)
+    engine = get_backend(backend or default_backend())
     with open_gguf(model) as file:
         config, registry, graph = _model(file)
         context = _checked_context(context, config, file.path)
@@ -106,8 +105,8 @@ def compile(
                 done += 1
                 tell("weights", done, total)
 
-            options = BuildOptions(activations, context)
-            engine.build(result.graph, file.data, writer, options, wrote)
+            options = BuildOptions(activations, context, _max_step(context), target)
+            libraries = engine.build(result.graph, file.data, writer, options, wrote)
             with writer.file("tokenizer.json") as sink:
                 sink.write(tokenizer.tokenizer_json)
             if tokenizer.chat_template is not None:
@@ -124,7 +123,7 @@ def compile(
                     vocab_size=config.vocab,
                     trained_context=config.trained_context,
                 ),
-                target=TargetFacts(backend, engine.runs_on),
+                target=TargetFacts(engine.name, engine.runs_on, libraries),
                 options=Options(activations, context),
                 kv_cache=_kv_plan(result.facts["kv_cache"]),
                 tokenizer=TokenizerFacts(
@@ -143,7 +142,7 @@ def compile(
 def lower(
     model: str | os.PathLike[str],
     *,
-    backend: str = "onnx",
+    backend: str | None = None,
     context: int | None = None,
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
@@ -156,7 +155,8 @@ def lower(
     with open_gguf(model) as file:
         config, _, graph = _model(file)
         context = _checked_context(context, config, file.path)
-        return show(_lower(graph, get_backend(backend).features, context, after=after, trace=trace).graph)
+        features = get_backend(backend or default_backend()).features
+        return show(_lower(graph, features, context, after=after, trace=trace).graph)
 
 
 def _model(file: GgufFile) -> tuple[Config, WeightRegistry, Graph]:
@@ -185,8 +185,12 @@ def _lower(
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> PipelineResult:
-    passes = default_passes(features, context=context, max_step=min(MAX_STEP, context))
+    passes = default_passes(features, context=context, max_step=_max_step(context))
     return run_passes(graph, passes, trace=trace, stop_after=after)
+
+
+def _max_step(context: int) -> int:
+    return min(MAX_STEP, context)
 
 
 def _tie_output(file: GgufFile, registry: WeightRegistry) -> None:

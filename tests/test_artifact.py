@@ -30,6 +30,7 @@ from rlxc.artifact import (
     FileEntry,
     KvLayer,
     KvPlan,
+    Library,
     Manifest,
     ModelFacts,
     Options,
@@ -60,8 +61,12 @@ MANIFEST = Manifest(
 )
 FULL = replace(
     MANIFEST,
+    target=replace(
+        MANIFEST.target,
+        libraries=(Library("model.x86-64-v3.o", "x86-64-v3", "x86_64", ("avx2", "fma"), 4096, 7),),
+    ),
     adapters=(AdapterEntry("style", DIGEST, 0.5),),
-    files={"model.onnx": FileEntry(7, DIGEST)},
+    files={"model.onnx": FileEntry(7, DIGEST), "model.x86-64-v3.o": FileEntry(9, DIGEST)},
 )
 TREE = json.loads(FULL.to_json())
 FILES = {"model.onnx": b"\x08\x0agraph", "tokenizer.json": b"{}", "weights.bin": bytes(range(256)) * 64}
@@ -175,6 +180,11 @@ def test_field_of_another_type_is_refused_by_name(path: tuple[Any, ...]) -> None
         (("model", "vocab_size"), 2**31),
         (("model", "fingerprint"), "ABC"),
         (("target", "backend"), "a/b"),
+        (("target", "libraries", 0, "file"), "../x.o"),
+        (("target", "libraries", 0, "target"), ""),
+        (("target", "libraries", 0, "machine"), "x86 64"),
+        (("target", "libraries", 0, "needs", 1), "FMA"),
+        (("target", "libraries", 0, "workspace"), 0),
         (("options", "activations"), "int4"),
         (("kv_cache", "layers", 0, "layout"), "paged"),
         (("kv_cache", "layers", 0, "dtype"), "f31"),
@@ -202,6 +212,11 @@ def test_value_out_of_range_is_refused_by_name(path: tuple[Any, ...], value: Any
         (("kv_cache", "layers", 0, "capacity"), 63, r"layers\[0\].capacity is 63, it needs 64"),
         (("kv_cache", "layers", 1, "capacity"), 7, r"layers\[1\].capacity is 7, it needs 8"),
         (("kv_cache", "layers", 1, "window"), None, r"layers\[1\].window is missing"),
+        (
+            ("target", "libraries", 0, "file"),
+            "other.o",
+            r"libraries\[0\].file is 'other.o', which is not among",
+        ),
         (("tokenizer", "bos_id"), 32, "token 32"),
         (("tokenizer", "eos_ids"), [32], "token 32"),
     ],

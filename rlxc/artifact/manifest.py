@@ -39,7 +39,7 @@ def _text(says: str, pattern: str) -> _Rule:
     return _Rule(says, lambda value: re.fullmatch(pattern, value) is not None)
 
 
-BackendName = Literal["onnx"]
+BackendName = Literal["tvm", "onnx"]
 Activations = Literal["int8", "float32"]
 Count = Annotated[int, _integer(1, 2**31 - 1)]
 Index = Annotated[int, _integer(0, 2**31 - 1)]
@@ -62,14 +62,33 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Library:
+    """Machine code for one family of CPUs.
+
+    ``machine`` is the architecture as ``platform.machine()`` names it on Linux; ``needs`` are the features that the
+    code uses beyond that architecture's baseline, as ``/proc/cpuinfo`` spells them; ``target`` is what the compiler
+    calls the family. A step needs ``workspace`` bytes of scratch memory, and makes ``calls`` calls of kernels.
+    """
+
+    file: FileName
+    target: Annotated[str, _text("a target's name", r"[a-z0-9][a-z0-9_.-]{0,63}")]
+    machine: Annotated[str, _text("an architecture's name", r"[a-z0-9_]{1,32}")]
+    needs: tuple[Annotated[str, _text("a CPU feature's name", r"[a-z0-9_]{1,32}")], ...]
+    workspace: Count
+    calls: Count
+
+
+@dataclass(frozen=True)
 class TargetFacts:
     """What the artifact runs on; ``runs_on`` is a claim that the backend's engine checks.
 
-    ``backend`` may be one that a newer rlxc has: the runtime refuses what it has no engine for.
+    ``backend`` may be one that a newer rlxc has: the runtime refuses what it has no engine for. A backend that makes
+    machine code lists its ``libraries``, the best first; a machine loads the first that its CPU can run.
     """
 
     backend: Annotated[str, _text("a backend's name", r"[a-z0-9_]{1,32}")]
     runs_on: str
+    libraries: tuple[Library, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -291,6 +310,9 @@ def _check_consistency(manifest: Manifest) -> None:
             raise _Mismatch(f"kv_cache.layers[{i}].window is missing from a ring")
         if layer.capacity < needed:
             raise _Mismatch(f"kv_cache.layers[{i}].capacity is {layer.capacity}, it needs {needed}")
+    for i, library in enumerate(manifest.target.libraries):
+        if library.file not in manifest.files:
+            raise _Mismatch(f"target.libraries[{i}].file is {library.file!r}, which is not among the files")
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     for token in (*bos, *tokenizer.eos_ids):
         if token >= model.vocab_size:

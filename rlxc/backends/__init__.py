@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.artifact import ArtifactWriter, Manifest
+from rlxc.artifact import ArtifactWriter, BackendName, Library, Manifest
 from rlxc.errors import OptionError
 from rlxc.ir import Graph
 from rlxc.ir.target import TargetFeatures
 
-BACKENDS = ("onnx",)
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 """The names of all backends."""
+
+
+def default_backend() -> BackendName:
+    """``tvm`` where its packages are installed, else ``onnx``."""
+    installed = all(importlib.util.find_spec(name) for name in ("tvm", "tvm_ffi_orcjit"))
+    return "tvm" if installed else "onnx"
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the user chose: the activations' type in matrix products, and the number of positions."""
+    """What the user chose: activations' type in matrix products, positions, tokens of a step at most, and CPUs."""
 
     activations: str
     context: int
+    max_step: int
+    target: str
 
 
 class Backend(Protocol):
@@ -41,8 +50,8 @@ class Backend(Protocol):
         writer: ArtifactWriter,
         options: BuildOptions,
         progress: Callable[[str], None],
-    ) -> None:
-        """Write the files that the backend's engine will load."""
+    ) -> tuple[Library, ...]:
+        """Write the files that the backend's engine will load; returns those that are machine code."""
 
     def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
         """Small files that let other software load the artifact, by name."""
@@ -58,4 +67,14 @@ def get_backend(name: str) -> Backend:
         from rlxc.backends.onnx import OnnxBackend
 
         return OnnxBackend()
+    if name == "tvm":
+        try:
+            from rlxc.backends.tvm import TvmBackend
+        except ModuleNotFoundError as error:
+            if error.name not in ("tvm", "tvm_ffi"):
+                raise
+            raise OptionError(
+                "the tvm backend needs TVM, which is not installed", remedy="pip install 'rlxc[tvm]'"
+            ) from error
+        return TvmBackend()
     raise OptionError(f"backend {name!r} is unknown", remedy=f"choose one of: {', '.join(BACKENDS)}")

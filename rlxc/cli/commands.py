@@ -139,8 +139,13 @@ def _compile(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The artifact to write.", show_default=False)
     ],
-    backend: Annotated[BackendName, typer.Option(help="What the artifact runs on.")] = "onnx",
-    target: Annotated[str, typer.Option(help="The machine it runs on; native is this one.")] = "native",
+    backend: Annotated[
+        BackendName | None,
+        typer.Option(help="What the artifact runs on; tvm if it is installed.", show_default=False),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="The CPUs it runs on, with commas between; native is this one.")
+    ] = "native",
     activations: Annotated[
         Activations, typer.Option(help="int8 is fast, float32 the exact reference.")
     ] = "int8",

@@ -346,12 +346,12 @@ class KvAppend(Op):
         """``f32[B, K, past + S, D]``."""
         past, new = inputs
         batch, heads, length, dim = _cache_shape(self, past, new)
-        return (_f32(batch, heads, add_dims(length, new.shape[1]), dim),)
+        return (TensorType(past.dtype, (batch, heads, add_dims(length, new.shape[1]), dim)),)
 
 
 @dataclass(frozen=True)
 class KvWrite(Op):
-    """Writes this step's rows into a fixed buffer, in place.
+    """Writes this step's rows into a fixed buffer, f32 or f16, in place.
 
     ``layout`` is ``linear`` (row = position) or ``ring`` (row = position mod capacity).
     Inputs: cache ``f32[B, K, capacity, D]``, new ``f32[B, S, K * D]``, past length ``i32[]``. Result: the cache.
@@ -448,7 +448,8 @@ class GroupQueryAttention(Op):
 
 def _cache_dims(op: Op, cache: TensorType) -> tuple[Dim, int, Dim, int]:
     """``B, K, T, D`` of a cache."""
-    op.require(cache.dtype is DType.F32 and len(cache.shape) == 4, f"a cache is f32[B, K, T, D], got {cache}")
+    fits = cache.dtype in (DType.F32, DType.F16) and len(cache.shape) == 4
+    op.require(fits, f"a cache is f32 or f16 [B, K, T, D], got {cache}")
     batch, heads, length, dim = cache.shape
     numbers = isinstance(heads, int) and isinstance(dim, int) and heads > 0
     op.require(numbers, f"heads and head dim of {cache} must be numbers")

@@ -42,24 +42,27 @@ class RopeSpec:
     def angles(
         self, positions: npt.NDArray[np.int64], factors: npt.NDArray[np.float32] | None = None
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Cosines and sines ``[..., dim/2]`` for integer ``positions`` ``[...]``.
+        """Cosines and sines ``[..., dim/2]`` for integer ``positions`` ``[...]``, times the magnitude."""
+        angle = np.asarray(positions, np.float64)[..., None] * self.frequencies(factors)
+        return np.cos(angle) * self.magnitude, np.sin(angle) * self.magnitude
 
-        ``factors`` ``[dim/2]`` divide the frequencies one by one.
-        """
+    def frequencies(self, factors: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float64]:
+        """Radians per position of each pair, ``[dim/2]``; ``factors`` ``[dim/2]`` divide them one by one."""
+        frequencies: npt.NDArray[np.float64]
         frequencies = self.theta ** (-np.arange(0, self.dim, 2, dtype=np.float64) / self.dim)
         if factors is not None:
             frequencies = frequencies / factors.astype(np.float64)
-        magnitude = 1.0
         if self.yarn is None:
-            frequencies = frequencies / self.factor
-        else:
-            ramp = self._extrapolated_share(self.yarn) * self.yarn.extrapolation
-            frequencies = frequencies / self.factor * (1 - ramp) + frequencies * ramp
-            magnitude = self.yarn.attention
-            if self.yarn.extrapolation:
-                magnitude *= 1 + 0.1 * math.log(self.factor)
-        angle = np.asarray(positions, np.float64)[..., None] * frequencies
-        return np.cos(angle) * magnitude, np.sin(angle) * magnitude
+            return frequencies / self.factor
+        ramp = self._extrapolated_share(self.yarn) * self.yarn.extrapolation
+        return frequencies / self.factor * (1 - ramp) + frequencies * ramp
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied with."""
+        if self.yarn is None:
+            return 1.0
+        return self.yarn.attention * (1 + 0.1 * math.log(self.factor) if self.yarn.extrapolation else 1.0)
 
     def _extrapolated_share(self, yarn: Yarn) -> npt.NDArray[np.float64]:
         def channel_of(rotations: float) -> float:

@@ -10,8 +10,9 @@ from rlxc.dtypes import DType
 
 @dataclass(frozen=True)
 class TargetFeatures:
-    """Which fused ops a backend accepts, and which formats it stores alike.
+    """Which fused ops a backend accepts, how it keeps caches, and which formats it stores alike.
 
+    A cache has elements of ``cache_dtype`` and a multiple of ``cache_rows`` rows.
     ``storage`` names, for each packed format, how the backend stores it: weights of the same storage can be
     stacked without changing a code. ``widest`` names, for each storage, the format that holds all the others'
     codes and scales exactly.
@@ -21,5 +22,7 @@ class TargetFeatures:
     glu: bool = False
     group_query_attention: bool = False
     ring_cache: bool = False
+    cache_dtype: DType = DType.F32
+    cache_rows: int = 1
     storage: Mapping[DType, str] = field(default_factory=dict)
     widest: Mapping[str, DType] = field(default_factory=dict)

@@ -117,11 +117,44 @@ class Scale:
     factors: Integers | None = None
     sign: int = 1
 
-    def read(self, blocks: Bytes) -> npt.NDArray[np.float32]:
-        """The f32 scales, ``[blocks, sub_blocks]``, from ``[blocks, block_bytes]``."""
+    def read(self, blocks: Bytes) -> Scales:
+        """The scales of ``[blocks, block_bytes]``."""
         half = blocks[:, self.offset : self.offset + 2].copy().view("<f2")
-        base = half.astype(np.float32) * np.float32(self.sign)
-        return base * self.factors.read(blocks).astype(np.float32) if self.factors else base
+        if self.sign < 0:
+            half.view("<u2")[...] ^= np.uint16(0x8000)
+        return Scales(half, self.factors.read(blocks) if self.factors else None)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales (or minimums) as stored: ``base`` f16 ``[rows, blocks]``, ``factors`` int8 ``[rows, sub_blocks]``."""
+
+    base: npt.NDArray[np.float16]
+    factors: npt.NDArray[np.int8] | None
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """The f32 scales, ``[rows, sub_blocks]``, exact."""
+        base = self.base.astype(np.float32)
+        if self.factors is None:
+            return base
+        by_block = self.factors.reshape(*base.shape, self.factors.shape[1] // base.shape[1]).astype(np.float32)
+        return (base[..., None] * by_block).reshape(self.factors.shape)
+
+    def by_rows(self, rows: int, blocks: int) -> Scales:
+        """The scales of ``rows * blocks`` single blocks as those of rows."""
+        factors = self.factors
+        if factors is not None:
+            factors = factors.reshape(rows, blocks * factors.shape[1])
+        return Scales(self.base.reshape(rows, blocks), factors)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The numbers of packed rows as they are stored: int8 codes ``[rows, in]``, scales, minimums if there are any."""
+
+    codes: npt.NDArray[np.int8]
+    scale: Scales
+    minimum: Scales | None
 
 
 @dataclass(frozen=True)
@@ -187,8 +220,8 @@ class BlockFormat:
             )
         return blocks * self.block_bytes
 
-    def unpack(self, data: Bytes) -> Planes:
-        """Codes, scales and minimums of packed rows, ``uint8 [rows, row_bytes]``, in fresh memory.
+    def fields(self, data: Bytes) -> Fields:
+        """The stored numbers of packed rows, ``uint8 [rows, row_bytes]``, in fresh memory.
 
         Raises:
             WeightError: the bytes are not whole blocks, or this is a float format, which has no codes.
@@ -196,13 +229,26 @@ class BlockFormat:
         if self.codes is None or self.scale is None:
             raise WeightError(f"{self.dtype} weights have no codes", remedy="decode them instead")
         blocks = self._blocks(data)
-        rows, subs = len(data), data.shape[1] // self.block_bytes * self.block_size // self.sub_block
+        shape = (len(data), data.shape[1] // self.block_bytes)
+        return Fields(
+            codes=self.codes.read(blocks).reshape(shape[0], shape[1] * self.block_size),
+            scale=self.scale.read(blocks).by_rows(*shape),
+            minimum=self.minimum.read(blocks).by_rows(*shape) if self.minimum else None,
+        )
+
+    def unpack(self, data: Bytes) -> Planes:
+        """Codes, scales and minimums of packed rows, ``uint8 [rows, row_bytes]``, in fresh memory.
+
+        Raises:
+            WeightError: as :meth:`fields`.
+        """
+        fields = self.fields(data)
         # An inf times a code of zero is NaN, and so it is in ggml: no reason to warn.
         with np.errstate(all="ignore"):
             return Planes(
-                codes=self.codes.read(blocks).reshape(rows, subs * self.sub_block),
-                scales=self.scale.read(blocks).reshape(rows, subs),
-                mins=self.minimum.read(blocks).reshape(rows, subs) if self.minimum else None,
+                codes=fields.codes,
+                scales=fields.scale.values(),
+                mins=fields.minimum.values() if fields.minimum else None,
             )
 
     def decode(self, data: Bytes, in_features: int) -> npt.NDArray[np.float32]:

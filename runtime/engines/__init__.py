@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from rlxc.artifact import Artifact, Verification
 from rlxc.errors import SessionError
+from rlxc.runtime.cpu import choose_library
 
 
 class Cache(Protocol):
@@ -70,17 +71,32 @@ def _import_onnxruntime() -> MakeEngine:
     return OnnxRuntimeEngine
 
 
+def _import_tvm() -> MakeEngine:
+    from rlxc.runtime.engines.tvm import TvmEngine
+
+    return TvmEngine
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """How a backend's engine is imported, the package that it needs, and the file that it loads as code."""
+    """How a backend's engine is imported, the packages that it needs, and the file that it loads as code."""
 
     load: Callable[[], MakeEngine]
-    package: str
-    code: str
+    packages: tuple[str, ...]
+    install: str
+    code: Callable[[Artifact], str]
 
 
 _ENGINES = {
-    "onnx": _Entry(_import_onnxruntime, package="onnxruntime", code="model.onnx"),
+    "onnx": _Entry(
+        _import_onnxruntime, ("onnxruntime",), "pip install onnxruntime", lambda artifact: "model.onnx"
+    ),
+    "tvm": _Entry(
+        _import_tvm,
+        ("tvm", "tvm_ffi", "tvm_ffi_orcjit"),
+        "pip install 'rlxc[tvm]'",
+        lambda artifact: choose_library(artifact).file,
+    ),
 }
 
 
@@ -99,15 +115,16 @@ def find_engine(artifact: Artifact, verification: Verification) -> MakeEngine:
             remedy="upgrade: pip install --upgrade rlxc",
         )
     entry = _ENGINES[backend]
-    artifact.file(entry.code)
-    verification.wait(entry.code)
+    code = entry.code(artifact)
+    artifact.file(code)
+    verification.wait(code)
     try:
         return entry.load()
     except ModuleNotFoundError as error:
-        if error.name != entry.package:
+        if error.name not in entry.packages:
             raise
         raise SessionError(
-            f"the artifact runs on {entry.package}, which is not installed",
+            f"the artifact runs on {error.name}, which is not installed",
             source=artifact.path,
-            remedy=f"pip install {entry.package}",
+            remedy=entry.install,
         ) from error

@@ -121,7 +121,7 @@ REFUSED = {
     "rows of another head size": (ops.KvAppend(), f"{CACHE} f32[B, S, 16]"),
     "rows of another batch": (ops.KvAppend(), f"{CACHE} f32[C, S, 8]"),
     "a cache of rank 3": (ops.KvAppend(), f"f32[B, past, 8] {X}"),
-    "a cache of halves": (ops.KvAppend(), f"f16[B, 2, past, 4] {X}"),
+    "a cache of bf16": (ops.KvAppend(), f"bf16[B, 2, past, 4] {X}"),
     "a cache with a symbolic head dim": (ops.KvAppend(), f"f32[B, 2, past, D] {X}"),
     "unknown layout": (ops.KvWrite("paged"), f"{BUFFER} {X} i32[]"),
     "writing without a length": (ops.KvWrite("linear"), f"{BUFFER} {X} i64[]"),

@@ -10,6 +10,7 @@ from rlxc.artifact import KvLayer, KvPlan
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError
 from rlxc.ir import Graph, parse
+from rlxc.ir.target import TargetFeatures
 from rlxc.passes.schedule_kv_cache import ScheduleKvCache
 
 HEAD = """
@@ -83,7 +84,7 @@ STEPS = [(3, 1, 1, 2, 1, 4, 1, 1, 1, 4, 1), (1,) * 20, (4,) * 5, (2, 3, 4, 1, 3,
 
 
 def schedule(context: int = 20, max_step: int = 4, ring: bool = True) -> ScheduleKvCache:
-    return ScheduleKvCache(context=context, max_step=max_step, ring=ring)
+    return ScheduleKvCache(TargetFeatures(ring_cache=ring), context=context, max_step=max_step)
 
 
 def without_rope(text: str) -> str:

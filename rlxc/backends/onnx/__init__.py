@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.artifact import ArtifactWriter, Manifest
+from rlxc.artifact import ArtifactWriter, Library, Manifest
 from rlxc.backends import BuildOptions
 from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.genai import companion_files
@@ -16,6 +16,7 @@ from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.backends.onnx.storage import ReadBytes, Storage
 from rlxc.backends.onnx.weights import write_weights
 from rlxc.dtypes import DType
+from rlxc.errors import OptionError
 from rlxc.ir import Graph, Source
 from rlxc.ir.target import TargetFeatures
 
@@ -47,7 +48,7 @@ class OnnxBackend:
         writer: ArtifactWriter,
         options: BuildOptions,
         progress: Callable[[str], None],
-    ) -> None:
+    ) -> tuple[Library, ...]:
         """Write the graph's model and weights into an artifact.
 
         Args:
@@ -56,7 +57,14 @@ class OnnxBackend:
             writer: the artifact being written.
             options: what the user chose.
             progress: told each weight's name when it is written.
+
+        Raises:
+            OptionError: a target was named.
         """
+        if options.target != "native":
+            raise OptionError(
+                f"target {options.target!r} is unknown", remedy="the onnx backend has one target: native"
+            )
 
         def read_floats(name: str) -> npt.NDArray[np.float32]:
             recipe = graph.weight[name].recipe
@@ -77,6 +85,7 @@ class OnnxBackend:
             )
         with writer.file("model.onnx") as sink:
             sink.write(model.SerializeToString(deterministic=True))
+        return ()
 
     def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
         """Files that let onnxruntime-genai load the artifact too; nothing where a model has no end token."""

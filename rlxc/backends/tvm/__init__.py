@@ -1,0 +1,97 @@
+"""The TVM backend: our own kernels as machine code, and every quantised weight bit-exact beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.artifact import ArtifactWriter, Library, Manifest
+from rlxc.backends import BuildOptions
+from rlxc.backends.tvm.build import build_module, build_object
+from rlxc.backends.tvm.kernels.matmul import Knobs
+from rlxc.backends.tvm.lower import lower
+from rlxc.backends.tvm.program import Program, plan_workspace
+from rlxc.backends.tvm.targets import CpuTarget, find_targets
+from rlxc.backends.tvm.weights import ReadBytes, WeightsFile
+from rlxc.dtypes import DType
+from rlxc.ir import Graph, Source
+from rlxc.ir.target import TargetFeatures
+
+_PACKED = [dtype for dtype in DType if dtype.is_packed]
+
+
+class TvmBackend:
+    """Writes ``weights.safetensors``, and ``model.TARGET.o`` for each target."""
+
+    name = "tvm"
+    runs_on = "apache-tvm>=0.27"
+    features = TargetFeatures(
+        glu=True,
+        group_query_attention=True,
+        ring_cache=True,
+        cache_dtype=DType.F16,
+        cache_rows=16,
+        # Only weights of one format lie in one matrix: widening one would cost what decoding is limited by, bytes.
+        storage={dtype: dtype.value for dtype in _PACKED},
+        widest={dtype.value: dtype for dtype in _PACKED},
+    )
+
+    def build(
+        self,
+        graph: Graph,
+        read: ReadBytes,
+        writer: ArtifactWriter,
+        options: BuildOptions,
+        progress: Callable[[str], None],
+    ) -> tuple[Library, ...]:
+        """Write the graph's machine code and weights into an artifact.
+
+        Args:
+            graph: the graph after this backend's passes.
+            read: gives the bytes of the model file's tensors.
+            writer: the artifact being written.
+            options: what the user chose.
+            progress: told each weight's name when it is written.
+        """
+        weights = WeightsFile(graph)
+        targets = find_targets(options.target)
+        programs = [self._lower(graph, weights, target, read, options) for target in targets]
+        libraries = tuple(_write_library(*pair, writer) for pair in zip(programs, targets))
+        with writer.file("weights.safetensors") as sink:
+            weights.write(read, sink, progress)
+        return libraries
+
+    def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
+        """None: only our own engine loads such an artifact."""
+        return {}
+
+    def _lower(
+        self, graph: Graph, weights: WeightsFile, target: CpuTarget, read: ReadBytes, options: BuildOptions
+    ) -> Program:
+        def read_floats(name: str) -> npt.NDArray[np.float32]:
+            recipe = graph.weight[name].recipe
+            assert isinstance(recipe, Source)
+            return read(recipe.tensor).view("<f4")
+
+        def default_knobs(kernel: str, space: tuple[Knobs, ...]) -> Knobs:
+            return space[0]
+
+        return lower(
+            graph,
+            weights,
+            target,
+            int8=options.activations == "int8",
+            most_tokens=options.max_step,
+            read_floats=read_floats,
+            find_knobs=default_knobs,
+        )
+
+
+def _write_library(program: Program, target: CpuTarget, writer: ArtifactWriter) -> Library:
+    workspace = plan_workspace(program)
+    name = f"model.{target.name}.o"
+    with writer.file(name) as sink:
+        sink.write(build_object(build_module(program, workspace, target), target))
+    return Library(name, target.name, target.machine, target.needs, workspace.nbytes, len(program.calls))

@@ -1,0 +1,236 @@
+"""How weights lie in the weights file: the model file's own numbers, in the order in which kernels read them.
+
+Sixteen rows make a tile, because sixteen sums fill a vector register. In a tile, four codes of each row lie side by
+side, since one instruction multiplies and adds four; eight such groups make a block of 32 columns. Codes keep their
+width: they are cut into planes of 1, 2, 4 or 8 bits (five bits are four and one), and a plane of ``w`` bits takes
+``w`` vectors of 64 bytes for a block, in which group ``g`` has the bits from ``g // w * w`` on of vector ``g % w``.
+Scales lie as they are stored in the model file, f16 and small integers, sixteen rows side by side. So a weight takes
+the bytes it had, every number of it is exact, and a kernel reads each byte once, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.dtypes import DType
+from rlxc.weights.formats import FORMATS, BlockFormat, Scales
+
+TILE = 16
+"""Rows of a tile."""
+
+BLOCK = 32
+"""Columns of a block."""
+
+GROUPS = 8
+"""Groups of four columns in a block."""
+
+ALIGNMENT = 64
+"""Sections start at multiples of this: a cache line, and the widest vector."""
+
+_PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+
+Bytes = npt.NDArray[np.uint8]
+Chunk = dict[str, npt.NDArray[np.generic]]
+"""Some tiles' part of each section."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """An array of a weight: where it starts, in bytes, and how many bytes each tile has of it."""
+
+    offset: int
+    tile_bytes: int
+
+
+class _Layout:
+    """What packed and float layouts share: tiles of rows, and sections one after the other."""
+
+    rows: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of rows; the last one may be padded with zeros."""
+        return -(-self.rows // TILE)
+
+    def tile_bytes(self) -> dict[str, int]:
+        """Bytes that a tile has of each section, in order."""
+        raise NotImplementedError
+
+    @cached_property
+    def sections(self) -> dict[str, Section]:
+        """Where each section lies."""
+        sections, offset = {}, 0
+        for name, size in self.tile_bytes().items():
+            sections[name] = Section(offset, size)
+            offset = align(offset + size * self.tiles)
+        return sections
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the whole weight."""
+        return sum(align(section.tile_bytes * self.tiles) for section in self.sections.values())
+
+
+@dataclass(frozen=True)
+class PackedLayout(_Layout):
+    """A packed weight ``[rows, columns]``.
+
+    Sections: ``codes``; ``scale`` and ``minimum``, f16 per block of the format; ``scale_factors`` and
+    ``minimum_factors``, the integers that multiply them in each sub-block.
+    """
+
+    dtype: DType
+    rows: int
+    columns: int
+
+    @property
+    def format(self) -> BlockFormat:
+        """The format's row in the table."""
+        return FORMATS[self.dtype]
+
+    @property
+    def bits(self) -> int:
+        """The width of a code."""
+        return (self.format.code_max - self.format.code_min).bit_length()
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """The widths of the planes, from the lowest bits up."""
+        return _PLANES[self.bits]
+
+    @property
+    def centre(self) -> int:
+        """The stored (unsigned) code that stands for zero when activations are int8.
+
+        In a format without minimums that is the code of zero. In one with minimums it is the middle of the codes:
+        what rounding an activation does grows with what multiplies it. The kernel adds the rest with exact sums.
+        """
+        return 1 << self.bits - 1 if self.format.has_mins else -self.format.code_min
+
+    @property
+    def max_code(self) -> int:
+        """The largest stored code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether integers per sub-block multiply the scales."""
+        return self.format.scale is not None and self.format.scale.factors is not None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 32 columns."""
+        return self.columns // BLOCK
+
+    def tile_bytes(self) -> dict[str, int]:
+        """Bytes that a tile has of each section, in order."""
+        format = self.format
+        assert format.scale is not None
+        sizes = {"codes": self.blocks * self.bits * 4 * TILE}
+        for name, scale in (("scale", format.scale), ("minimum", format.minimum)):
+            if scale is None:
+                continue
+            sizes[name] = self.columns // format.block_size * 2 * TILE
+            if scale.factors is not None:
+                sizes[f"{name}_factors"] = self.columns // format.sub_block * TILE
+        return sizes
+
+    def encode(self, data: Bytes) -> Chunk:
+        """The sections' parts of some rows, ``uint8 [16 n, row_bytes]`` as in the model file."""
+        fields = self.format.fields(data)
+        codes = fields.codes.view(np.uint8)
+        codes -= np.uint8(self.format.code_min & 0xFF)
+        chunk: Chunk = {"codes": self._pack(codes)}
+        for name, scales in (("scale", fields.scale), ("minimum", fields.minimum)):
+            if scales is not None:
+                chunk |= _scale_sections(name, scales)
+        return chunk
+
+    def _pack(self, codes: Bytes) -> npt.NDArray[np.uint32]:
+        """Codes ``[16 n, columns]`` as planes; four codes of a row are one uint32."""
+        tiles = len(codes) // TILE
+        words = codes.view(np.uint32).reshape(tiles, TILE, self.blocks, GROUPS)
+        words = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
+        if self.planes == (8,):
+            return words
+        packed = np.zeros((tiles, self.blocks, self.bits, TILE), np.uint32)
+        first = low = 0
+        for width in self.planes:
+            mask = np.uint32(((1 << width) - 1) * 0x01010101)
+            for group in range(GROUPS):
+                part = words[:, :, group] >> np.uint32(low) & mask
+                part <<= np.uint32(group // width * width)
+                packed[:, :, first + group % width] |= part
+            first += width
+            low += width
+        return packed
+
+
+@dataclass(frozen=True)
+class FloatLayout(_Layout):
+    """A weight in a float format: ``[tiles, columns, 16 rows]`` of its own type, in one section."""
+
+    dtype: DType
+    rows: int
+    columns: int
+
+    def tile_bytes(self) -> dict[str, int]:
+        """Bytes that a tile has of the section."""
+        return {"values": self.columns * TILE * self._element.itemsize}
+
+    def encode(self, data: Bytes) -> Chunk:
+        """The section's part of some rows, ``uint8 [16 n, row_bytes]``."""
+        values = data.view(self._element).reshape(-1, TILE, self.columns)
+        return {"values": np.ascontiguousarray(values.transpose(0, 2, 1))}
+
+    @property
+    def _element(self) -> np.dtype[np.unsignedinteger[npt.NBitBase]]:
+        return np.dtype(np.uint32 if self.dtype is DType.F32 else np.uint16)
+
+
+Layout = PackedLayout | FloatLayout
+
+
+def layout_of(dtype: DType, rows: int, columns: int) -> Layout:
+    """How a matrix of this type and shape lies."""
+    return (PackedLayout if dtype.is_packed else FloatLayout)(dtype, rows, columns)
+
+
+def in_tiles(parts: Iterable[Bytes], chunk_rows: int) -> Iterator[Bytes]:
+    """Rows as chunks of whole tiles, at most ``chunk_rows`` rows long; the last tile is padded with zeros.
+
+    Args:
+        parts: rows, ``uint8 [rows, row_bytes]``, all of one width.
+        chunk_rows: a multiple of 16.
+    """
+    rest: Bytes | None = None  # rows that did not fill a tile
+    for part in parts:
+        rows = part if rest is None else np.concatenate([rest, part])
+        whole = len(rows) // TILE * TILE
+        for start in range(0, whole, chunk_rows):
+            yield rows[start : min(start + chunk_rows, whole)]
+        rest = rows[whole:] if whole < len(rows) else None
+    if rest is not None:
+        yield np.pad(rest, ((0, -len(rest) % TILE), (0, 0)))
+
+
+def align(size: int) -> int:
+    """The size, rounded up to :data:`ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _scale_sections(name: str, scales: Scales) -> Chunk:
+    sections: Chunk = {name: _by_tile(scales.base)}
+    if scales.factors is not None:
+        sections[f"{name}_factors"] = _by_tile(scales.factors)
+    return sections
+
+
+def _by_tile(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """``[16 n, m]`` as ``[n, m, 16]``."""
+    return np.ascontiguousarray(array.reshape(-1, TILE, array.shape[1]).transpose(0, 2, 1))

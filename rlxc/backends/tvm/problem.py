@@ -1,0 +1,161 @@
+"""What is tuned: one kernel at one shape, with every setting of its knobs, and how it is called to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.ir import IRModule
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from rlxc.backends.tvm.kernels.kernel import Buffer, Kernel, Number, Pointer, bind
+from rlxc.errors import ArtifactError
+
+Knobs = Mapping[str, int]
+"""A setting of a kernel's knobs."""
+
+NAME_ATTRIBUTE = "rlxc.problem"
+KNOBS_ATTRIBUTE = "rlxc.knobs"
+"""Attributes of the module that stands for a problem in a database: its name, and its knobs' names in order."""
+
+_NUMBERS = Pointer("numbers", "int32")
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A buffer whose elements all have one value: a position or an offset, which must not be just any number."""
+
+    elements: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kernel to tune at one shape.
+
+    Attributes:
+        name: unique and readable, such as ``matmul q5_0 4096x640, 256 tokens``; results are found by it.
+        space: every setting that is a candidate, all with the same knobs; the first is the default.
+        make: the kernel with a setting; its parameters do not depend on the setting.
+        arguments: for each parameter of the kernel the elements of a pointer's buffer, or the value of a number.
+            Buffers of int32 and int64 hold zeros unless they are :class:`Filled`, others hold random numbers.
+        bytes_moved: bytes that a call reads and writes.
+        operations: additions and multiplications of a call.
+        weight: how often a step of the model calls it.
+    """
+
+    name: str
+    space: tuple[Knobs, ...]
+    make: Callable[[Knobs], Kernel]
+    arguments: tuple[int | Filled, ...]
+    bytes_moved: int
+    operations: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """A tensor that a measured kernel is called with.
+
+    Attributes:
+        dtype: the type of its elements.
+        elements: how many there are.
+        values: what they are, or one value for all; None for random numbers.
+    """
+
+    dtype: str
+    elements: int
+    values: tuple[int, ...] | int | None
+
+
+def problems_from(
+    entries: Iterable[Mapping[str, Any]], families: Mapping[str, Callable[..., Problem]], source: object
+) -> list[Problem]:
+    """The problems that plain data describe, as an artifact keeps them.
+
+    Args:
+        entries: each with a ``family``, and ``parameters`` by name.
+        families: for each family, what makes a problem of its parameters.
+        source: where the entries are from.
+
+    Raises:
+        ArtifactError: there is no such family, or its problems have other parameters.
+    """
+    problems = []
+    remedy = "compile it again with this version of rlxc"
+    for entry in entries:
+        family = entry.get("family")
+        if family not in families:
+            raise ArtifactError(f"kernel family {family!r} is unknown", source=source, remedy=remedy)
+        try:
+            problems.append(families[family](**entry["parameters"]))
+        except (KeyError, TypeError) as error:
+            problem = f"kernel family {family!r} has other parameters: {error}"
+            raise ArtifactError(problem, source=source, remedy=remedy) from error
+    return problems
+
+
+def measured_module(problem: Problem, knobs: Knobs) -> IRModule:
+    """The kernel with these knobs as the function ``main`` of :func:`call_data`'s tensors.
+
+    The kernel's numbers are read from the first tensor: compiled in, LLVM would specialise the code for them, and
+    code that no model runs would be measured.
+    """
+    kernel = problem.make(knobs)
+    numbers, pointers = _split(kernel)
+
+    def body(given: Buffer, *buffers: Buffer) -> None:
+        values: dict[str, Any] = {number.name: bind(given[i]) for i, number in enumerate(numbers)}
+        values.update((pointer.name, buffer) for pointer, buffer in zip(pointers, buffers))
+        kernel.body(*(values[param.name] for param in kernel.params))
+
+    main = Kernel("main", (_NUMBERS, *pointers), body)
+    return IRModule({main.name: main.function(private=False)})
+
+
+def call_data(problem: Problem) -> tuple[Data, ...]:
+    """What :func:`measured_module`'s function is called with."""
+    params = problem.make(problem.space[0]).params
+    if len(params) != len(problem.arguments):
+        raise ValueError(f"{problem.name}: {len(params)} parameters, {len(problem.arguments)} arguments")
+    numbers: list[int] = []
+    tensors = []
+    for param, argument in zip(params, problem.arguments):
+        if isinstance(argument, Filled):
+            assert isinstance(param, Pointer)
+            tensors.append(Data(param.dtype, argument.elements, argument.value))
+        elif isinstance(param, Number):
+            numbers.append(argument)
+        else:
+            zero = 0 if param.dtype in ("int32", "int64") else None
+            tensors.append(Data(param.dtype, argument, zero))
+    return (Data(_NUMBERS.dtype, max(1, len(numbers)), tuple(numbers) or 0), *tensors)
+
+
+def workload_module(problem: Problem) -> IRModule:
+    """What stands for the problem in TVM's database: its name, its knobs and the function's tensors, but no code.
+
+    The code of a kernel is up to a megabyte of JSON, changes from version to version, and is not what a result is
+    found by; without it a problem has the same few kilobytes for as long as it has the same knobs and shapes.
+    """
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name("main")
+            for i, data in enumerate(call_data(problem)):
+                T.match_buffer(T.arg(f"tensor{i}", T.handle()), (data.elements,), data.dtype)
+            T.evaluate(0)
+    module = IRModule({"main": builder.get()})
+    return module.with_attr(NAME_ATTRIBUTE, problem.name).with_attr(KNOBS_ATTRIBUTE, knob_names(problem))
+
+
+def knob_names(problem: Problem) -> list[str]:
+    """The names of the problem's knobs, in the order in which a database has them."""
+    return sorted(problem.space[0])
+
+
+def _split(kernel: Kernel) -> tuple[list[Number], list[Pointer]]:
+    numbers = [param for param in kernel.params if isinstance(param, Number)]
+    pointers = [param for param in kernel.params if isinstance(param, Pointer)]
+    return numbers, pointers

@@ -1,0 +1,124 @@
+"""A model step as a list of kernel calls over numbered buffers, and where those buffers lie in one workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlxc.backends.tvm.kernels.kernel import Kernel
+from rlxc.backends.tvm.layout import align
+
+Amount = Literal["tokens", "rows"]
+"""How many there are of something: tokens of all sequences, or rows whose logits are wanted."""
+
+Counter = Literal["sequences", "step", "tokens", "rows", "rows_per_sequence"]
+"""A number that a call is given."""
+
+Tensor = Literal["ids", "past", "caches", "logit_rows", "logits"]
+"""A tensor that the caller passes."""
+
+
+@dataclass(frozen=True)
+class InWeights:
+    """An argument: what lies at this byte of the weights file's data."""
+
+    offset: int
+
+
+@dataclass(frozen=True)
+class InWorkspace:
+    """An argument: a buffer of the workspace, from this byte on."""
+
+    buffer: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class InCache:
+    """An argument: what lies at this byte of a sequence's cache, relative to the anchor."""
+
+    offset: int
+
+
+Argument = InWeights | InWorkspace | InCache | Tensor | Counter
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a kernel.
+
+    Attributes:
+        kernel: what is called.
+        arguments: one for each of its parameters.
+        amount: what it works on; a step may want no rows.
+        bytes_read: weights that it reads.
+        multiplications: by weights, for each of the amount.
+    """
+
+    kernel: Kernel
+    arguments: tuple[Argument, ...]
+    amount: Amount
+    bytes_read: int = 0
+    multiplications: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """All calls of a step, in order; the size of each buffer, and of the weights and caches that they use."""
+
+    calls: tuple[Call, ...]
+    buffers: tuple[int, ...]
+    most_tokens: int
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every kernel once, in order of first use."""
+        return tuple({call.kernel.name: call.kernel for call in self.calls}.values())
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where each buffer lies, and how large the whole is, in bytes."""
+
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+def plan_workspace(program: Program) -> Workspace:
+    """Give buffers that are never in use at the same time the same bytes; the largest choose first."""
+    spans = _spans(program.calls, len(program.buffers))
+    offsets = [0] * len(program.buffers)
+    placed: list[int] = []
+    for buffer in sorted(range(len(program.buffers)), key=lambda i: -program.buffers[i]):
+        size = align(program.buffers[buffer])
+        overlapping = sorted(
+            (offsets[other], offsets[other] + align(program.buffers[other]))
+            for other in placed
+            if spans[other][0] <= spans[buffer][1] and spans[buffer][0] <= spans[other][1]
+        )
+        offsets[buffer] = _first_gap(overlapping, size)
+        placed.append(buffer)
+    ends = (offset + align(size) for offset, size in zip(offsets, program.buffers))
+    return Workspace(tuple(offsets), max(ends, default=0))
+
+
+def _spans(calls: Sequence[Call], buffers: int) -> list[tuple[int, int]]:
+    """The first and last call that uses each buffer."""
+    spans = [(len(calls), -1)] * buffers
+    for index, call in enumerate(calls):
+        for argument in call.arguments:
+            if isinstance(argument, InWorkspace):
+                first, last = spans[argument.buffer]
+                spans[argument.buffer] = (min(first, index), max(last, index))
+    return spans
+
+
+def _first_gap(taken: Iterable[tuple[int, int]], size: int) -> int:
+    """The lowest offset where ``size`` bytes are free; ``taken`` is sorted."""
+    offset = 0
+    for start, end in taken:
+        if start - offset >= size:
+            break
+        offset = max(offset, end)
+    return offset

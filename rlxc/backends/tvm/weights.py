@@ -1,0 +1,149 @@
+"""The weights file: a safetensors file whose tensors lie as kernels read them, mapped and used in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.backends.tvm.layout import Bytes, Layout, align, in_tiles, layout_of
+from rlxc.errors import UnsupportedError
+from rlxc.ir import Concat, Graph, Source, Weight
+from rlxc.weights.formats import FORMATS
+
+ReadBytes = Callable[[str], Bytes]
+"""Gives the bytes of a tensor of the model file."""
+
+_CHUNK_BYTES = 1 << 21
+"""Bytes of the model file that are rearranged at a time: large enough for numpy, small enough for the cache."""
+
+
+class Sink(Protocol):
+    """Where the bytes go: a file of the artifact."""
+
+    def write(self, data: bytes | npt.NDArray[np.generic]) -> None:
+        """Append bytes."""
+
+    def align(self, multiple: int) -> None:
+        """Pad with zeros to a multiple."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file: where it lies in the data; its layout if it is a matrix."""
+
+    offset: int
+    nbytes: int
+    layout: Layout | None
+
+
+@dataclass
+class WeightsFile:
+    """Where every tensor will lie: known before the first byte is written, because layouts have fixed sizes."""
+
+    graph: Graph
+    stored: dict[str, Stored] = field(default_factory=dict)
+    constants: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Give each weight of the graph its place."""
+        for weight in self.graph.weights:
+            self._place(weight.name, layout_of_weight(weight), _nbytes(weight))
+
+    def constant(self, name: str, array: npt.NDArray[np.generic]) -> Stored:
+        """Add a small array that the compiler made."""
+        if name not in self.stored:
+            self.constants[name] = array
+            self._place(name, None, array.nbytes)
+        return self.stored[name]
+
+    def write(self, read: ReadBytes, sink: Sink, progress: Callable[[str], None]) -> None:
+        """Write the file, tensor by tensor; ``progress`` is told each weight's name when it is written."""
+        sink.write(self._header())
+        for weight in self.graph.weights:
+            for part in _sections(weight, self.stored[weight.name], read):
+                sink.write(part)
+            sink.align(64)
+            progress(weight.name)
+        for array in self.constants.values():
+            sink.write(np.ascontiguousarray(array))
+            sink.align(64)
+
+    def _place(self, name: str, layout: Layout | None, nbytes: int) -> None:
+        self.stored[name] = Stored(self.nbytes, nbytes, layout)
+        self.nbytes = align(self.nbytes + nbytes)
+
+    def _header(self) -> bytes:
+        """The length of the description, and the description; data starts at a multiple of 64."""
+        tensors: dict[str, Any] = {"__metadata__": {"format": "rlxc tiles of 16 rows", "version": "1"}}
+        for name, stored in self.stored.items():
+            # Padding belongs to the tensor before it: the format wants no gaps.
+            size = align(stored.nbytes)
+            tensors[name] = {
+                "dtype": "U8",
+                "shape": [size],
+                "data_offsets": [stored.offset, stored.offset + size],
+            }
+        text = json.dumps(tensors, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        return len(text).to_bytes(8, "little") + text
+
+
+def layout_of_weight(weight: Weight) -> Layout | None:
+    """How a matrix lies; None for a vector, which stays as it is."""
+    if len(weight.type.shape) != 2:
+        return None
+    rows, columns = map(int, weight.type.shape)
+    return layout_of(weight.type.dtype, rows, columns)
+
+
+def _nbytes(weight: Weight) -> int:
+    layout = layout_of_weight(weight)
+    if layout is not None:
+        return layout.nbytes
+    return int(np.prod([int(dim) for dim in weight.type.shape])) * FORMATS[weight.type.dtype].block_bytes
+
+
+def _sections(weight: Weight, stored: Stored, read: ReadBytes) -> Iterator[npt.NDArray[np.generic]]:
+    """The bytes of a tensor, in order: the first section as it comes, the others, which are small, after it."""
+    layout = stored.layout
+    if layout is None:
+        yield from _rows(weight, read)
+        return
+    first, *others = layout.sections
+    later: Mapping[str, list[npt.NDArray[np.generic]]] = {name: [] for name in others}
+    row_bytes = FORMATS[layout.dtype].row_bytes(layout.columns)
+    rows_at_once = max(16, _CHUNK_BYTES // row_bytes // 16 * 16)
+    position = 0
+    for chunk in in_tiles(_rows(weight, read), rows_at_once):
+        sections = layout.encode(chunk)
+        yield sections[first]
+        position += sections[first].nbytes
+        for name in others:
+            later[name].append(sections[name])
+    for name in others:
+        yield np.zeros(layout.sections[name].offset - position, np.uint8)
+        position = layout.sections[name].offset
+        for array in later[name]:
+            yield array
+            position += array.nbytes
+
+
+def _rows(weight: Weight, read: ReadBytes) -> Iterator[Bytes]:
+    """The rows of a weight, ``uint8 [rows, row_bytes]``, following its recipe."""
+    match weight.recipe:
+        case Source(tensor):
+            columns = int(weight.type.shape[-1])
+            yield read(tensor).reshape(-1, FORMATS[weight.type.dtype].row_bytes(columns))
+        case Concat(parts):
+            for part in parts:
+                if part.type.dtype is not weight.type.dtype:
+                    raise UnsupportedError(f"@{weight.name} stacks {part.type.dtype} and {weight.type.dtype}")
+                yield from _rows(part, read)
+        case _:
+            raise UnsupportedError(f"recipe {weight.recipe} of @{weight.name} cannot be stored")
