@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,10 @@ from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, regist
 
 Progress = Callable[[str, int, int], None]
 """Told a stage's name, and how much of how much of it is done."""
+
+if TYPE_CHECKING:
+    from rlxc.backends.tvm.problem import Problem
+    from rlxc.backends.tvm.targets import CpuTarget
 
 MAX_STEP = 256
 """Tokens that a step takes at most. Longer prompts go in pieces; see docs/performance.md for why this many."""
@@ -157,6 +161,26 @@ def lower(
         context = _checked_context(context, config, file.path)
         features = get_backend(backend or default_backend()).features
         return show(_lower(graph, features, context, after=after, trace=trace).graph)
+
+
+def tuning_problems(model: str | os.PathLike[str], *, target: CpuTarget) -> list[Problem]:
+    """The kernels of a model, or of a compiled one, that can be tuned for a target.
+
+    Raises:
+        RlxcError: the input is damaged or not supported, or is an artifact without kernels.
+    """
+    from rlxc.backends.tvm import TUNING, TvmBackend, tuning_problems
+    from rlxc.backends.tvm.families import read_problems
+
+    if Path(model).is_dir():
+        artifact = Artifact.open(model)
+        return read_problems(artifact.file(TUNING).read_bytes(), target, artifact.path)
+    with open_gguf(model) as file:
+        config, _, graph = _model(file)
+        context = _checked_context(None, config, file.path)
+        graph = _lower(graph, TvmBackend.features, context).graph
+        options = BuildOptions("int8", context, _max_step(context), target.name)
+        return tuning_problems(graph, target, file.data, options)
 
 
 def _model(file: GgufFile) -> tuple[Config, WeightRegistry, Graph]:

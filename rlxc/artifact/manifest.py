@@ -67,7 +67,8 @@ class Library:
 
     ``machine`` is the architecture as ``platform.machine()`` names it on Linux; ``needs`` are the features that the
     code uses beyond that architecture's baseline, as ``/proc/cpuinfo`` spells them; ``target`` is what the compiler
-    calls the family. A step needs ``workspace`` bytes of scratch memory, and makes ``calls`` calls of kernels.
+    calls the family. A step needs ``workspace`` bytes of scratch memory, and makes ``calls`` calls of kernels. Of
+    ``problems``, kernels at shapes that can be tuned, ``tuned`` were.
     """
 
     file: FileName
@@ -76,6 +77,8 @@ class Library:
     needs: tuple[Annotated[str, _text("a CPU feature's name", r"[a-z0-9_]{1,32}")], ...]
     workspace: Count
     calls: Count
+    problems: Index
+    tuned: Index
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 import rlxc
 from rlxc.artifact import Activations, BackendName
 from rlxc.cli.terminal import in_one_line, lines, megabytes, note, outline, progress_bars, rate, show
+from rlxc.cli.tune import tune
 from rlxc.errors import ArtifactError, ContextError, RlxcError, SessionError
 
 if TYPE_CHECKING:
@@ -374,6 +375,9 @@ def _graph(
     from rlxc.compiler import lower
 
     print(lower(model, context=context, after=after, trace=note if trace else None), end="")
+
+
+app.command("tune")(tune)
 
 
 def _artifact_of(model: Path, context: int | None) -> Path:

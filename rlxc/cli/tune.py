@@ -14,9 +14,10 @@ import typer
 from rlxc.cli.terminal import note
 
 if TYPE_CHECKING:
+    from rlxc.backends.tvm.measure import RpcAddress
     from rlxc.backends.tvm.problem import Problem
     from rlxc.backends.tvm.targets import CpuTarget
-    from rlxc.backends.tvm.tune import Result, RpcAddress, Trial
+    from rlxc.backends.tvm.tune import Result, Trial
 
 DEFAULT_KEY = "rlxc"
 TRACKER_PORT = 9190
@@ -36,7 +37,9 @@ def tune(
     ] = None,
     rpc: Annotated[
         str | None,
-        typer.Option(metavar="HOST[:PORT]", help="A TVM RPC tracker that lends machines of the target's kind."),
+        typer.Option(
+            metavar="HOST[:PORT]", help="A TVM RPC tracker that lends machines of the target's kind."
+        ),
     ] = None,
     key: Annotated[
         str, typer.Option(help="The key under which the tracker knows these machines.")
@@ -57,9 +60,11 @@ def tune(
     Example:
       rlxc tune gemma-3-270m.gguf --time 600
       rlxc tune gemma.rlx --target aarch64-dotprod --rpc 192.168.0.2:9190 --key phone
-    """
+    """  # noqa: D301  (a backspace character keeps the lines of the example apart)
     if rpc is not None and target == "native":
-        raise typer.BadParameter("native is this machine; name the target of the others", param_hint="--target")
+        raise typer.BadParameter(
+            "native is this machine; name the target of the others", param_hint="--target"
+        )
     tracker = None if rpc is None else _address(rpc, key)
 
     from rlxc.backends.tvm.database import Database, shipped_folder, user_folder

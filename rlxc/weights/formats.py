@@ -137,7 +137,9 @@ class Scales:
         base = self.base.astype(np.float32)
         if self.factors is None:
             return base
-        by_block = self.factors.reshape(*base.shape, self.factors.shape[1] // base.shape[1]).astype(np.float32)
+        by_block = self.factors.reshape(*base.shape, self.factors.shape[1] // base.shape[1]).astype(
+            np.float32
+        )
         return (base[..., None] * by_block).reshape(self.factors.shape)
 
     def by_rows(self, rows: int, blocks: int) -> Scales:

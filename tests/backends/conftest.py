@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,50 +17,15 @@ import pytest
 
 from rlxc.backends import BuildOptions
 from rlxc.backends.onnx import OnnxBackend
-from rlxc.dtypes import DType
-from rlxc.ir import Concat, Graph, Source, interp, parse
-from rlxc.weights.formats import FORMATS
+from rlxc.ir import Graph, interp, parse
+
+# What the tests of all backends share lies beside this file.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from random_tensors import RandomTensors
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
-
-
-class RandomTensors:
-    """A model file in memory: a random tensor, packed and decoded, for every source in a graph."""
-
-    def __init__(self, graph: Graph, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self.packed: dict[str, npt.NDArray[np.uint8]] = {}
-        self.decoded: dict[str, npt.NDArray[np.float32]] = {}
-        pending = list(graph.weights)
-        while pending:
-            weight = pending.pop()
-            if isinstance(weight.recipe, Concat):
-                pending += weight.recipe.parts
-            if not isinstance(weight.recipe, Source):
-                continue
-            shape = tuple(map(int, weight.type.shape))
-            fmt = FORMATS[weight.type.dtype]
-            data = random_bytes(weight.type.dtype, shape, rng)
-            rows = data.reshape(-1, fmt.row_bytes(shape[-1]))
-            self.packed[weight.recipe.tensor] = data
-            self.decoded[weight.recipe.tensor] = fmt.decode(rows, shape[-1]).reshape(shape)
-
-
-def random_bytes(dtype: DType, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Any codes and sub-scales, but f16 scales and minimums of a sane size."""
-    fmt = FORMATS[dtype]
-    if fmt.is_float:
-        values = (0.1 * rng.standard_normal(shape)).astype(np.float32)
-        if dtype is DType.BF16:
-            return np.ascontiguousarray(values.view(np.uint16)[..., 1::2]).view(np.uint8).ravel()
-        return values.astype(np.float16 if dtype is DType.F16 else np.float32).view(np.uint8).ravel()
-    blocks = rng.integers(0, 256, (shape[0] * shape[1] // fmt.block_size, fmt.block_bytes), dtype=np.uint8)
-    for scale in (fmt.scale, fmt.minimum):
-        if scale is not None:
-            size = rng.uniform(0.0005, 0.002, (len(blocks), 1)).astype(np.float16)
-            blocks[:, scale.offset : scale.offset + 2] = size.view(np.uint8)
-    return blocks.ravel()
 
 
 class FolderWriter:
@@ -147,7 +113,7 @@ def build(tmp_path: Path) -> Build:
         graph = parse(text)
         built = Built(graph, RandomTensors(graph, seed=0), tmp_path / folder)
         built.folder.mkdir()
-        options = BuildOptions(activations, context)
+        options = BuildOptions(activations, context, max_step=context, target="native")
         read = built.tensors.packed.__getitem__
         OnnxBackend().build(graph, read, FolderWriter(built.folder), options, lambda name: None)
         return built

@@ -10,14 +10,20 @@ import numpy.typing as npt
 from rlxc.artifact import ArtifactWriter, Library, Manifest
 from rlxc.backends import BuildOptions
 from rlxc.backends.tvm.build import build_module, build_object
-from rlxc.backends.tvm.kernels.matmul import Knobs
+from rlxc.backends.tvm.database import Database, shipped_folder, user_folder
+from rlxc.backends.tvm.families import write_entries
+from rlxc.backends.tvm.kernels.kernel import Knobs
 from rlxc.backends.tvm.lower import lower
+from rlxc.backends.tvm.problem import Problem
 from rlxc.backends.tvm.program import Program, plan_workspace
 from rlxc.backends.tvm.targets import CpuTarget, find_targets
 from rlxc.backends.tvm.weights import ReadBytes, WeightsFile
 from rlxc.dtypes import DType
 from rlxc.ir import Graph, Source
 from rlxc.ir.target import TargetFeatures
+
+TUNING = "tuning.json"
+"""The artifact's file that says which of its kernels can be tuned."""
 
 _PACKED = [dtype for dtype in DType if dtype.is_packed]
 
@@ -56,9 +62,12 @@ class TvmBackend:
             progress: told each weight's name when it is written.
         """
         weights = WeightsFile(graph)
+        known = _Known(Database(shipped_folder(), user_folder()))
         targets = find_targets(options.target)
-        programs = [self._lower(graph, weights, target, read, options) for target in targets]
-        libraries = tuple(_write_library(*pair, writer) for pair in zip(programs, targets))
+        programs = [_lower(graph, weights, target, read, options, known.best(target)) for target in targets]
+        libraries = tuple(_write_library(*pair, known, writer) for pair in zip(programs, targets))
+        with writer.file(TUNING) as sink:
+            sink.write(write_entries(programs[0].entries))
         with writer.file("weights.safetensors") as sink:
             weights.write(read, sink, progress)
         return libraries
@@ -67,31 +76,69 @@ class TvmBackend:
         """None: only our own engine loads such an artifact."""
         return {}
 
-    def _lower(
-        self, graph: Graph, weights: WeightsFile, target: CpuTarget, read: ReadBytes, options: BuildOptions
-    ) -> Program:
-        def read_floats(name: str) -> npt.NDArray[np.float32]:
-            recipe = graph.weight[name].recipe
-            assert isinstance(recipe, Source)
-            return read(recipe.tensor).view("<f4")
 
-        def default_knobs(kernel: str, space: tuple[Knobs, ...]) -> Knobs:
-            return space[0]
+class _Known:
+    """What was measured, and how many of the problems asked for that were."""
 
-        return lower(
-            graph,
-            weights,
-            target,
-            int8=options.activations == "int8",
-            most_tokens=options.max_step,
-            read_floats=read_floats,
-            find_knobs=default_knobs,
-        )
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.found: dict[str, dict[str, bool]] = {}
+
+    def best(self, target: CpuTarget) -> Callable[[Problem], Knobs | None]:
+        """Looks a problem up for a target."""
+        found = self.found.setdefault(target.name, {})
+
+        def look_up(problem: Problem) -> Knobs | None:
+            knobs = self._database.best(problem, target.name)
+            found[problem.name] = knobs is not None
+            return knobs
+
+        return look_up
 
 
-def _write_library(program: Program, target: CpuTarget, writer: ArtifactWriter) -> Library:
+def _lower(
+    graph: Graph,
+    weights: WeightsFile,
+    target: CpuTarget,
+    read: ReadBytes,
+    options: BuildOptions,
+    find_knobs: Callable[[Problem], Knobs | None],
+) -> Program:
+    def read_floats(name: str) -> npt.NDArray[np.float32]:
+        recipe = graph.weight[name].recipe
+        assert isinstance(recipe, Source)
+        return read(recipe.tensor).view("<f4")
+
+    return lower(
+        graph,
+        weights,
+        target,
+        int8=options.activations == "int8",
+        most_tokens=options.max_step,
+        read_floats=read_floats,
+        find_knobs=find_knobs,
+    )
+
+
+def tuning_problems(graph: Graph, target: CpuTarget, read: ReadBytes, options: BuildOptions) -> list[Problem]:
+    """What of a graph's kernels can be tuned for a target."""
+    program = _lower(graph, WeightsFile(graph), target, read, options, lambda problem: None)
+    return [entry.problem(target) for entry in program.entries]
+
+
+def _write_library(program: Program, target: CpuTarget, known: _Known, writer: ArtifactWriter) -> Library:
     workspace = plan_workspace(program)
     name = f"model.{target.name}.o"
     with writer.file(name) as sink:
         sink.write(build_object(build_module(program, workspace, target), target))
-    return Library(name, target.name, target.machine, target.needs, workspace.nbytes, len(program.calls))
+    found = known.found[target.name]
+    return Library(
+        file=name,
+        target=target.name,
+        machine=target.machine,
+        needs=target.needs,
+        workspace=workspace.nbytes,
+        calls=len(program.calls),
+        problems=len(found),
+        tuned=sum(found.values()),
+    )

@@ -66,7 +66,7 @@ def build_module(program: Program, workspace: Workspace, target: CpuTarget) -> I
 
 def compile_module(module: IRModule, target: CpuTarget) -> Any:
     """A module's machine code, as TVM's runtime module."""
-    return tvm.tirx.build(module, target=target.llvm, pipeline=_PIPELINE)
+    return tvm.tirx.build(module, target=target.llvm, pipeline=PIPELINE)
 
 
 def _lowering() -> tuple[Any, Any, Any]:
@@ -76,6 +76,7 @@ def _lowering() -> tuple[Any, Any, Any]:
             tirx.transform.LowerTIRx(),
             tirx.transform.LowerTIRxOpaque(),
             tirx.transform.FlattenBuffer(),
+            tirx.transform.StmtSimplify(),  # an index must be a plain ramp to become one load
             tirx.transform.BF16ComputeLegalize(),
             tirx.transform.AnnotateEntryFunc(),
             tirx.transform.SplitHostDevice(),
@@ -86,8 +87,10 @@ def _lowering() -> tuple[Any, Any, Any]:
     return passes, compilation_pipeline.finalize_host_passes, compilation_pipeline.finalize_device_passes
 
 
-_PIPELINE = "rlxc"
-compilation_pipeline.register_tir_pipeline(_PIPELINE, _lowering)
+PIPELINE = "rlxc"
+"""The name of our lowering among TVM's."""
+
+compilation_pipeline.register_tir_pipeline(PIPELINE, _lowering)
 
 
 def build_object(module: IRModule, target: CpuTarget) -> bytes:
@@ -100,37 +103,36 @@ def build_object(module: IRModule, target: CpuTarget) -> bytes:
 
 
 def _main(program: Program, workspace: Workspace, names: dict[str, GlobalVar], clock: str) -> PrimFunc:
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(STEP)
-            T.func_attr({"global_symbol": STEP})
-            handles = {name: T.arg(name, T.handle()) for name in _TENSORS}
-            numbers = {name: T.arg(name, T.int32()) for name in ("sequences", "step", "rows")}
-            tensors = {
-                name: T.match_buffer(handle, (T.int64(),), _TENSORS[name]) for name, handle in handles.items()
-            }
-            counters = {
-                "sequences": numbers["sequences"],
-                "step": numbers["step"],
-                "rows_per_sequence": numbers["rows"],
-                "tokens": bind(numbers["sequences"] * numbers["step"]),
-                "rows": bind(numbers["sequences"] * numbers["rows"]),
-            }
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(STEP)
+        T.func_attr({"global_symbol": STEP})
+        handles = {name: T.arg(name, T.handle()) for name in _TENSORS}
+        numbers = {name: T.arg(name, T.int32()) for name in ("sequences", "step", "rows")}
+        tensors = {
+            name: T.match_buffer(handle, (T.int64(),), _TENSORS[name]) for name, handle in handles.items()
+        }
+        counters = {
+            "sequences": numbers["sequences"],
+            "step": numbers["step"],
+            "rows_per_sequence": numbers["rows"],
+            "tokens": bind(numbers["sequences"] * numbers["step"]),
+            "rows": bind(numbers["sequences"] * numbers["rows"]),
+        }
 
-            def value(argument: Argument) -> Expr:
-                match argument:
-                    case InWeights(offset):
-                        return address_of(tensors["weights"][offset])
-                    case InWorkspace(buffer, offset):
-                        return address_of(tensors["workspace"][workspace.offsets[buffer] + offset])
-                    case InCache(offset):
-                        return address_of(tensors["anchor"][offset])
-                    case str() if argument in counters:
-                        return counters[argument]
-                    case _:
-                        return tensors[argument].data
+        def value(argument: Argument) -> Expr:
+            match argument:
+                case InWeights(offset):
+                    return address_of(tensors["weights"][offset])
+                case InWorkspace(buffer, offset):
+                    return address_of(tensors["workspace"][workspace.offsets[buffer] + offset])
+                case InCache(offset):
+                    return address_of(tensors["anchor"][offset])
+                case str() if argument in counters:
+                    return counters[argument]
+                case _:
+                    return tensors[argument].data
 
-            _calls(program, names, value, tensors["ticks"], clock)
+        _calls(program, names, value, tensors["ticks"], clock)
     return builder.get()
 
 

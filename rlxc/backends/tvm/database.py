@@ -22,14 +22,8 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
 from tvm.s_tir.meta_schedule.database import TuningRecord, Workload
 
-from rlxc.backends.tvm.problem import (
-    KNOBS_ATTRIBUTE,
-    NAME_ATTRIBUTE,
-    Knobs,
-    Problem,
-    knob_names,
-    workload_module,
-)
+from rlxc.backends.tvm.kernels.kernel import Knobs
+from rlxc.backends.tvm.problem import KNOBS_ATTRIBUTE, NAME_ATTRIBUTE, Problem, knob_names, workload_module
 
 WORKLOADS, RECORDS = "workloads.json", "records.json"
 
@@ -122,9 +116,7 @@ class Database:
         for name in knob_names(problem):
             choices = sorted({candidate[name] for candidate in problem.space})
             share = 1 / len(choices)
-            schedule.sample_categorical(
-                choices, [share] * len(choices), decision=choices.index(knobs[name])
-            )
+            schedule.sample_categorical(choices, [share] * len(choices), decision=choices.index(knobs[name]))
         arguments = ArgInfo.from_prim_func(module["main"])
         record = TuningRecord(schedule.trace, workload, run_secs, llvm, arguments)
         folder = self.folders[-1] / target

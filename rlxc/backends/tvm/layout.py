@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -189,7 +190,7 @@ class FloatLayout(_Layout):
         return {"values": np.ascontiguousarray(values.transpose(0, 2, 1))}
 
     @property
-    def _element(self) -> np.dtype[np.unsignedinteger[npt.NBitBase]]:
+    def _element(self) -> np.dtype[Any]:
         return np.dtype(np.uint32 if self.dtype is DType.F32 else np.uint16)
 
 
@@ -209,8 +210,13 @@ def in_tiles(parts: Iterable[Bytes], chunk_rows: int) -> Iterator[Bytes]:
         chunk_rows: a multiple of 16.
     """
     rest: Bytes | None = None  # rows that did not fill a tile
-    for part in parts:
-        rows = part if rest is None else np.concatenate([rest, part])
+    for rows in parts:
+        if rest is not None:
+            missing = TILE - len(rest)
+            rest, rows = np.concatenate([rest, rows[:missing]]), rows[missing:]
+            if len(rest) < TILE:
+                continue
+            yield rest
         whole = len(rows) // TILE * TILE
         for start in range(0, whole, chunk_rows):
             yield rows[start : min(start + chunk_rows, whole)]

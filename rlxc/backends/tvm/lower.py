@@ -6,22 +6,22 @@ product reads it; every other op becomes a kernel of its own. Splitting a row co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.backends.tvm.kernels import attention, cache, embed, matmul, matmul_exact, rope, rowwise, select
+from rlxc.backends.tvm.families import Entry, attention_workspace
+from rlxc.backends.tvm.kernels import cache, embed, rope, rowwise, select
 from rlxc.backends.tvm.kernels.activations import QuantisedRow
-from rlxc.backends.tvm.kernels.attention import AttentionKnobs
 from rlxc.backends.tvm.kernels.cache import CacheShape
-from rlxc.backends.tvm.kernels.kernel import Kernel
-from rlxc.backends.tvm.kernels.output import OutputRows
+from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs
 from rlxc.backends.tvm.kernels.rowwise import Row, RowProgram, Step
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import PackedLayout, align
+from rlxc.backends.tvm.problem import Problem
 from rlxc.backends.tvm.program import (
     Amount,
     Argument,
@@ -37,13 +37,16 @@ from rlxc.dtypes import DType
 from rlxc.errors import UnsupportedError
 from rlxc.ir import Graph, Node, RopeSpec, ops
 
-_CACHE_TYPES: Final = {DType.F32: "float32", DType.F16: "float16"}
+_CACHE_TYPES: Final[Mapping[DType, Literal["float32", "float16"]]] = {
+    DType.F32: "float32",
+    DType.F16: "float16",
+}
 
 ReadFloats = Callable[[str], npt.NDArray[np.float32]]
 """Gives a small f32 weight's values, by its name."""
 
-FindKnobs = Callable[[str, tuple[matmul.Knobs, ...]], matmul.Knobs]
-"""Chooses a kernel's knobs, by its name, among those worth trying, of which the first is the default."""
+FindKnobs = Callable[[Problem], Knobs | None]
+"""Gives the best known setting of a kernel's knobs at one shape, or None if it was never measured."""
 
 
 def lower(
@@ -74,7 +77,8 @@ def lower(
     for node in graph.nodes:
         to.node(node)
     to.flush()
-    return Program(tuple(to.calls), tuple(to.buffers), most_tokens)
+    entries = tuple(entry.times(count) for entry, count in to.entries.values())
+    return Program(tuple(to.calls), tuple(to.buffers), most_tokens, entries)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class _Lowering:
         self._rounded: dict[tuple[str, QuantisedRow], Argument] = {}
         self._numbers: dict[str, float] = {}
         self._pending: list[Node] = []
+        self.entries: dict[str, tuple[Entry, int]] = {}
+        self._tuned_kernels: dict[str, Kernel] = {}
         self._row_kernels: dict[RowProgram, Kernel] = {}
         self._angles: dict[tuple[RopeSpec, str], Argument] = {}
         self._cache_offsets = _cache_offsets(self.graph)
@@ -170,7 +176,9 @@ class _Lowering:
         stored = self.weights.stored[table]
         assert stored.layout is not None
         out = self._new(node.outputs[0])
-        self._call(embed.embed_kernel(stored.layout), (InWeights(stored.offset), "ids", out.argument, "tokens"))
+        self._call(
+            embed.embed_kernel(stored.layout), (InWeights(stored.offset), "ids", out.argument, "tokens")
+        )
 
     def _matmul(self, node: Node) -> None:
         x, weight, *bias = node.inputs
@@ -179,28 +187,21 @@ class _Lowering:
         assert layout is not None
         amount: Amount = self._amount(node)
         if node.outputs[0] == "logits":
-            out, output = "logits", OutputRows(layout.rows, layout.rows)
+            out: Argument = "logits"
+            output_stride = layout.rows
         else:
             place = self._new(node.outputs[0])
-            out, output = place.argument, OutputRows(layout.rows, place.stride)
+            out, output_stride = place.argument, place.stride
+        shape = {"rows": layout.rows, "columns": columns, "stride": output_stride, "bias": bool(bias)}
         if isinstance(layout, PackedLayout) and self.int8:
-            row = QuantisedRow.of(layout, self.vectors)
-            activations = self._round(x, row)
-            space = matmul.knob_space(self.target)
-
-            def make(knobs: matmul.Knobs) -> Kernel:
-                return matmul.matmul_kernel(self.vectors, knobs, layout, output, bias=bool(bias))
+            activations = self._round(x, QuantisedRow.of(layout, self.vectors))
+            kernel = self._tuned("matmul", amount, dtype=layout.dtype.value, **shape)
         else:
             place = self._place(x)
-            activations, stride = place.argument, place.stride
-            space = matmul.knob_space(self.target)
-
-            def make(knobs: matmul.Knobs) -> Kernel:
-                return matmul_exact.exact_matmul_kernel(
-                    self.vectors, knobs, layout, output, stride=stride, bias=bool(bias)
-                )
-
-        kernel = make(self.find_knobs(make(space[0]).name, space))
+            activations = place.argument
+            kernel = self._tuned(
+                "matmul_exact", amount, dtype=layout.dtype.value, **shape, x_stride=place.stride
+            )
         arguments = (InWeights(stored.offset), activations, *map(self._weight, bias), out, amount)
         self._call(kernel, arguments, amount, stored.nbytes, layout.rows * columns)
 
@@ -208,7 +209,14 @@ class _Lowering:
         x, _ = node.inputs
         place = self._place(x)
         out = self._new(node.outputs[0])
-        arguments = (place.argument, "logit_rows", out.argument, "sequences", "step", "rows_per_sequence")
+        arguments: tuple[Argument, ...] = (
+            place.argument,
+            "logit_rows",
+            out.argument,
+            "sequences",
+            "step",
+            "rows_per_sequence",
+        )
         self._call(select.select_kernel(place.width, place.stride), arguments, "rows")
 
     def _attention(self, node: Node, op: ops.GroupQueryAttention) -> None:
@@ -233,22 +241,23 @@ class _Lowering:
         rows = (queries.argument, keys.argument, values.argument)
         self._call(write, (*rows, *angles, "past", "caches", *caches, rotated, "sequences", "step"))
         out = self._new(node.outputs[0])
-        knobs = AttentionKnobs.of(self.target)
-        attend = attention.attention_kernel(
-            self.vectors,
-            knobs,
+        attend = self._tuned(
+            "attention",
+            "tokens",
             heads=op.heads,
-            shape=shape,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            capacity=capacity,
+            ring=shape.ring,
+            cache_dtype=dtype,
             scale=op.scale,
             window=op.window,
-            soft_cap=None,
-            sinks=False,
             out_stride=out.stride,
         )
-        self.buffers.append(4 * attention.workspace_floats(knobs, head_dim))
+        self.buffers.append(4 * attention_workspace(self.target, head_dim))
         workspace = InWorkspace(len(self.buffers) - 1)
-        arguments = (rotated, *caches, "caches", "past", workspace, out.argument, "sequences", "step")
-        self._call(attend, arguments)
+        reads: tuple[Argument, ...] = (rotated, *caches, "caches", "past")
+        self._call(attend, (*reads, workspace, out.argument, "sequences", "step"))
 
     def _rope_angles(self, spec: RopeSpec, factors: str = "") -> Argument:
         """Cosines and sines of this step's positions, made once for all layers that rotate alike."""
@@ -260,6 +269,22 @@ class _Lowering:
             self._call(kernel, ("past", InWeights(stored.offset), angles, "sequences", "step"))
             self._angles[spec, factors] = angles
         return self._angles[spec, factors]
+
+    def _tuned(self, family: str, amount: Amount, **parameters: Any) -> Kernel:
+        """The kernel with these parameters, and with the best known knobs for as many tokens as it may get."""
+        many = (self.most_tokens, 1) if amount == "tokens" else (1,)
+        entries = [Entry(family, {**parameters, "tokens": tokens}) for tokens in dict.fromkeys(many)]
+        for entry in entries:
+            self.entries[entry.key] = (entry, self.entries.get(entry.key, (entry, 0))[1] + 1)
+        if entries[0].key not in self._tuned_kernels:
+            problems = [entry.problem(self.target) for entry in entries]
+            knobs = dict(problems[0].space[0])
+            for problem in problems:
+                best = self.find_knobs(problem) or {}
+                # A setting is measured with the other knobs at their defaults.
+                knobs.update({name: value for name, value in best.items() if value != problem.space[0][name]})
+            self._tuned_kernels[entries[0].key] = problems[0].make(knobs)
+        return self._tuned_kernels[entries[0].key]
 
     # --- rows ----------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,9 @@ from tvm.s_tir.meta_schedule.runner import (
 )
 from tvm.support.popen_pool import PopenPoolExecutor
 
-from rlxc.backends.tvm.problem import Data, Knobs, Problem, call_data, measured_module
+from rlxc.backends.tvm.build import PIPELINE
+from rlxc.backends.tvm.kernels.kernel import Knobs
+from rlxc.backends.tvm.problem import Data, Problem, call_data, measured_module
 from rlxc.errors import OptionError, UnsupportedError
 
 BUILD_TIMEOUT, RUN_TIMEOUT, SESSION_TIMEOUT, TRACKER_TIMEOUT = 120, 60, 60, 10
@@ -84,19 +86,26 @@ class Measurer:
         _check_packages()
         self._llvm, self._threads, self._rpc = llvm, threads, rpc
         self.check()
-        self._files = tempfile.TemporaryDirectory(prefix="rlxc-tune-")
         self._jobs = _cores()
-        self._linked = False
+        linked = False
         if rpc is None:
             enter = partial(_set_threads, threads or self._jobs)
             self._runner = _PyLocalRunner(RUN_TIMEOUT, _EVALUATION, initializer=enter)
         else:
             config = RPCConfig(rpc.host, rpc.port, rpc.key, session_timeout_sec=SESSION_TIMEOUT)
-            self._linked = not _probe(rpc, config, threads)
+            linked = not _probe(rpc, config, threads)
             self._runner = _PyRpcRunner(config, _EVALUATION)
             # TVM gives this runner's processes no time limit: they would wait for a machine that went away.
             self._runner.pool.shutdown()
             self._runner.pool = PopenPoolExecutor(1, RUN_TIMEOUT + SESSION_TIMEOUT, _silence)
+        self._files = tempfile.TemporaryDirectory(prefix="rlxc-tune-")
+        self._builder = _PyBuilder(
+            max_workers=self._jobs,
+            timeout_sec=BUILD_TIMEOUT,
+            initializer=_silence,
+            f_build=_build,
+            f_export=partial(_export, self._files.name, linked),
+        )
 
     def __enter__(self) -> Measurer:
         return self
@@ -116,15 +125,8 @@ class Measurer:
 
     def build(self, candidates: Sequence[tuple[Problem, Knobs]]) -> list[Build]:
         """Compile candidates, several at a time."""
-        builder = _PyBuilder(
-            max_workers=min(self._jobs, len(candidates)),
-            timeout_sec=BUILD_TIMEOUT,
-            initializer=_silence,
-            f_build=_build,
-            f_export=partial(_export, self._files.name, self._linked),
-        )
         inputs = [BuilderInput(measured_module(*candidate), self._llvm) for candidate in candidates]
-        results = builder.build(inputs)
+        results = self._builder.build(inputs)
         return [
             Build(None if result.artifact_path is None else Path(result.artifact_path), result.error_msg)
             for result in results
@@ -238,7 +240,7 @@ def _silence() -> None:
 
 
 def _build(module: Any, target: Any, _: None) -> Any:
-    return tvm.tirx.build(module, target=target)
+    return tvm.tirx.build(module, target=target, pipeline=PIPELINE)
 
 
 def _export(folder: str, linked: bool, module: Any) -> str:
@@ -248,7 +250,9 @@ def _export(folder: str, linked: bool, module: Any) -> str:
     if linked:
         from tvm.support import cc, ndk
 
-        module.export_library(path, fcompile=ndk.create_shared if "TVM_NDK_CC" in os.environ else cc.create_shared)
+        module.export_library(
+            path, fcompile=ndk.create_shared if "TVM_NDK_CC" in os.environ else cc.create_shared
+        )
     else:
         module.write_to_file(path, "ll")
     return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,17 @@ from tvm.ir import IRModule
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from rlxc.backends.tvm.kernels.kernel import Buffer, Kernel, Number, Pointer, bind
-from rlxc.errors import ArtifactError
+from rlxc.backends.tvm.kernels.kernel import Buffer, Kernel, Knobs, Number, Pointer, bind, view
 
-Knobs = Mapping[str, int]
-"""A setting of a kernel's knobs."""
-
-NAME_ATTRIBUTE = "rlxc.problem"
-KNOBS_ATTRIBUTE = "rlxc.knobs"
+NAME_ATTRIBUTE = "rlxc_problem"
+KNOBS_ATTRIBUTE = "rlxc_knobs"
 """Attributes of the module that stands for a problem in a database: its name, and its knobs' names in order."""
 
 _NUMBERS = Pointer("numbers", "int32")
+
+# Buffers of int8 hold codes, but f16 and f32 scales too. Random bytes would be numbers too small for the CPU to
+# multiply at full speed; random f32, seen as bytes, are not.
+_STAND_INS = {"int8": "float32"}
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,6 @@ class Data:
     values: tuple[int, ...] | int | None
 
 
-def problems_from(
-    entries: Iterable[Mapping[str, Any]], families: Mapping[str, Callable[..., Problem]], source: object
-) -> list[Problem]:
-    """The problems that plain data describe, as an artifact keeps them.
-
-    Args:
-        entries: each with a ``family``, and ``parameters`` by name.
-        families: for each family, what makes a problem of its parameters.
-        source: where the entries are from.
-
-    Raises:
-        ArtifactError: there is no such family, or its problems have other parameters.
-    """
-    problems = []
-    remedy = "compile it again with this version of rlxc"
-    for entry in entries:
-        family = entry.get("family")
-        if family not in families:
-            raise ArtifactError(f"kernel family {family!r} is unknown", source=source, remedy=remedy)
-        try:
-            problems.append(families[family](**entry["parameters"]))
-        except (KeyError, TypeError) as error:
-            problem = f"kernel family {family!r} has other parameters: {error}"
-            raise ArtifactError(problem, source=source, remedy=remedy) from error
-    return problems
-
-
 def measured_module(problem: Problem, knobs: Knobs) -> IRModule:
     """The kernel with these knobs as the function ``main`` of :func:`call_data`'s tensors.
 
@@ -108,11 +81,16 @@ def measured_module(problem: Problem, knobs: Knobs) -> IRModule:
 
     def body(given: Buffer, *buffers: Buffer) -> None:
         values: dict[str, Any] = {number.name: bind(given[i]) for i, number in enumerate(numbers)}
-        values.update((pointer.name, buffer) for pointer, buffer in zip(pointers, buffers))
+        for pointer, buffer in zip(pointers, buffers):
+            values[pointer.name] = view(buffer, pointer.dtype) if pointer.dtype in _STAND_INS else buffer
         kernel.body(*(values[param.name] for param in kernel.params))
 
-    main = Kernel("main", (_NUMBERS, *pointers), body)
+    main = Kernel("main", (_NUMBERS, *map(_stand_in, pointers)), body)
     return IRModule({main.name: main.function(private=False)})
+
+
+def _stand_in(pointer: Pointer) -> Pointer:
+    return Pointer(pointer.name, _STAND_INS.get(pointer.dtype, pointer.dtype))
 
 
 def call_data(problem: Problem) -> tuple[Data, ...]:
@@ -130,7 +108,8 @@ def call_data(problem: Problem) -> tuple[Data, ...]:
             numbers.append(argument)
         else:
             zero = 0 if param.dtype in ("int32", "int64") else None
-            tensors.append(Data(param.dtype, argument, zero))
+            elements = -(-argument // 4) if param.dtype in _STAND_INS else argument
+            tensors.append(Data(_stand_in(param).dtype, elements, zero))
     return (Data(_NUMBERS.dtype, max(1, len(numbers)), tuple(numbers) or 0), *tensors)
 
 
@@ -140,12 +119,11 @@ def workload_module(problem: Problem) -> IRModule:
     The code of a kernel is up to a megabyte of JSON, changes from version to version, and is not what a result is
     found by; without it a problem has the same few kilobytes for as long as it has the same knobs and shapes.
     """
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("main")
-            for i, data in enumerate(call_data(problem)):
-                T.match_buffer(T.arg(f"tensor{i}", T.handle()), (data.elements,), data.dtype)
-            T.evaluate(0)
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("main")
+        for i, data in enumerate(call_data(problem)):
+            T.match_buffer(T.arg(f"tensor{i}", T.handle()), (data.elements,), data.dtype)
+        T.evaluate(0)
     module = IRModule({"main": builder.get()})
     return module.with_attr(NAME_ATTRIBUTE, problem.name).with_attr(KNOBS_ATTRIBUTE, knob_names(problem))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlxc.backends.tvm.families import Entry
 from rlxc.backends.tvm.kernels.kernel import Kernel
 from rlxc.backends.tvm.layout import align
 
@@ -65,11 +66,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Program:
-    """All calls of a step, in order; the size of each buffer, and of the weights and caches that they use."""
+    """All calls of a step, in order; the size of each buffer in bytes; and what of it can be tuned."""
 
     calls: tuple[Call, ...]
     buffers: tuple[int, ...]
     most_tokens: int
+    entries: tuple[Entry, ...] = ()
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:

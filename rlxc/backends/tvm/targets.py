@@ -43,7 +43,9 @@ class CpuTarget:
     @property
     def llvm(self) -> Any:
         """The target as TVM takes it."""
-        config = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "opt-level": 3}
+        config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "opt-level": 3}
+        # It would join the kernels' vectors into ones of many registers, and take them apart again.
+        config["cl-opt"] = ["-vectorize-slp=false"]
         if self.attributes:
             config["mattr"] = list(self.attributes)
         return tvm.target.Target(config)

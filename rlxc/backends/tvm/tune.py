@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rlxc.backends.tvm.database import Database, seconds_of
+from rlxc.backends.tvm.kernels.kernel import Knobs
 from rlxc.backends.tvm.measure import Measurer, RpcAddress
-from rlxc.backends.tvm.problem import Knobs, Problem
+from rlxc.backends.tvm.problem import Problem
 
 BATCH = 16
 """Candidates that are built before they are measured: few enough to stop in time, enough to keep all cores busy."""
@@ -111,6 +112,8 @@ def tune(
     total = sum(len(search.waiting) for search in searches)
     total = total if trials is None else min(trials, total)
     done = failed = 0
+    if total == 0 or time.monotonic() >= stop_at:
+        return _summary(searches, done, failed)
     with Measurer(target.llvm, threads=threads, rpc=rpc) as measurer:
         while done < total and time.monotonic() < stop_at:
             batch = _next(searches, min(BATCH, total - done))
@@ -131,8 +134,7 @@ def tune(
                     taken = seconds_of(run_secs) if run_secs else None
                     why = None if error is None else (error.strip().splitlines() or ["no reason given"])[-1]
                     report(Trial(search.result(), knobs, taken, why, done, total))
-    complete = not any(search.waiting for search in searches)
-    return Summary(tuple(search.result() for search in searches), done, failed, complete)
+    return _summary(searches, done, failed)
 
 
 @dataclass
@@ -179,12 +181,19 @@ class _Search:
 
 
 def _next(searches: Sequence[_Search], count: int) -> list[tuple[_Search, Knobs]]:
-    """Take the candidates that matter most from those that wait."""
+    """Take the candidates that matter most from those that wait: `count`, or fewer if that depends on their times."""
     picked: list[tuple[_Search, Knobs]] = []
-    for _ in range(count):
+    while len(picked) < count:
         waiting = [search for search in searches if search.waiting]
-        if not waiting:
+        times = {id(search): sum(other is search for other, _ in picked) for search in waiting}
+        comparable = [search for search in waiting if search.times or not times[id(search)]]
+        if not comparable and len(waiting) != 1:
             break
-        search = max(waiting, key=lambda search: search.share(sum(s is search for s, _ in picked)))
+        search = max(comparable or waiting, key=lambda search: search.share(times[id(search)]))
         picked.append((search, search.waiting.pop()))
     return picked
+
+
+def _summary(searches: Sequence[_Search], trials: int, failed: int) -> Summary:
+    complete = not any(search.waiting for search in searches)
+    return Summary(tuple(search.result() for search in searches), trials, failed, complete)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-os.environ.setdefault("TVM_NUM_THREADS", "2")  # read when TVM is imported; more threads only make tests slower
+os.environ.setdefault(
+    "TVM_NUM_THREADS", "2"
+)  # read when TVM is imported; more threads only make tests slower
 
 import tvm
-from tvm.target import codegen
 
+from rlxc.backends.tvm.build import compile_module
 from rlxc.backends.tvm.kernels.kernel import Kernel, Number, Pointer
+from rlxc.backends.tvm.targets import CpuTarget, native_target
+
+# What these tests share beside fixtures lies beside this file.
+sys.path.insert(0, str(Path(__file__).parent))
 
 Array = npt.NDArray[Any]
 RunKernel = Callable[..., None]
@@ -39,25 +47,22 @@ class _Guarded:
         assert (outside == 0xFF).all(), f"the kernel writes outside of {name}"
 
 
-def host_target() -> tvm.target.Target:
-    """This machine, as LLVM sees it."""
-    return tvm.target.Target({"kind": "llvm", "mcpu": str(codegen.llvm_get_system_cpu()), "opt-level": 3})
-
-
 @pytest.fixture(scope="session")
 def run_kernel() -> RunKernel:
-    """``run_kernel(kernel, *values)``: a C-contiguous array for each pointer and an int for each number.
+    """``run_kernel(kernel, *values, target=None)``: a C-contiguous array for each pointer, an int for each number.
 
     The values stand in the order of ``kernel.params``. The kernel's name must say all that its code depends on:
     a kernel of a known name is not compiled again. Arrays are changed in place, and a write outside of one fails.
     """
-    compiled: dict[str, Any] = {}
+    compiled: dict[tuple[str, str], Any] = {}
 
-    def run(kernel: Kernel, *values: Array | int) -> None:
+    def run(kernel: Kernel, *values: Array | int, target: CpuTarget | None = None) -> None:
         assert len(values) == len(kernel.params), [param.name for param in kernel.params]
-        if kernel.name not in compiled:
+        target = target or native_target()
+        key = (target.name, kernel.name)
+        if key not in compiled:
             module = tvm.IRModule({kernel.name: kernel.function(private=False)})
-            compiled[kernel.name] = tvm.tirx.build(module, target=host_target())[kernel.name]
+            compiled[key] = compile_module(module, target)[kernel.name]
         arguments: list[Any] = []
         arrays = []
         for param, value in zip(kernel.params, values):
@@ -70,7 +75,7 @@ def run_kernel() -> RunKernel:
             guarded = _Guarded(value)
             arrays.append((param.name, value, guarded))
             arguments.append(tvm.runtime.from_dlpack(guarded.data))
-        compiled[kernel.name](*arguments)
+        compiled[key](*arguments)
         for name, value, guarded in arrays:
             guarded.check(name)
             value[...] = guarded.data.reshape(value.shape)

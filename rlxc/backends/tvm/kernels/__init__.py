@@ -1,0 +1,1 @@
+"""Kernels: templates with knobs, one idea in each file."""

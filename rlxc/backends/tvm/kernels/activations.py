@@ -14,8 +14,8 @@ class QuantisedRow:
 
     A row is: ``columns`` int8; f32 ``scales``, one per 32 columns, where ``x = scale * int8``; int32 ``starts``, one
     per sub-block, ``-centre * sum(int8)``, from which a sum over unsigned codes starts; and, for formats with
-    minimums, f32 ``sums``, one per sub-block, of x as it was before rounding. (Where the
-    multiplication takes something off the codes itself, ``centre`` is less by that.) Offsets and the stride are in bytes.
+    minimums, f32 ``sums``, one per sub-block, of x as it was before rounding. Where the
+    multiplication takes something off the codes itself, ``centre`` is less by that. Offsets and stride are in bytes.
     """
 
     columns: int

@@ -7,7 +7,6 @@ and in row p mod capacity of a ring.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,10 +20,9 @@ from rlxc.backends.tvm.kernels.kernel import (
     Number,
     Pointer,
     bind,
+    for_rows,
     local,
-    parallel,
     serial,
-    when,
 )
 from rlxc.backends.tvm.kernels.rope import rotate
 from rlxc.backends.tvm.kernels.vector import Vectors
@@ -33,9 +31,6 @@ from rlxc.ir.rope import RopeSpec
 
 TILE = 16
 """Positions whose keys lie side by side."""
-
-# From so many tokens on, a parallel region is worth the microsecond that it costs.
-_PARALLEL_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,8 @@ class CacheShape:
     def start(self, caches: Buffer, sequence: Expr, kv_head: Expr) -> Expr:
         """The first element of a sequence's kv head, in keys and in values; ``caches`` holds bytes."""
         element = 2 if self.dtype == "float16" else 4
-        return T.truncdiv(caches[sequence], element) + Cast("int64", kv_head) * (self.capacity * self.head_dim)
+        size = self.capacity * self.head_dim
+        return T.truncdiv(caches[sequence], element) + Cast("int64", kv_head) * size
 
     def row(self, position: Expr) -> Expr:
         """The row of a position."""
@@ -105,7 +101,7 @@ def rotate_and_write_kernel(
         *tables, past, caches, keys, values, rotated, sequences, step = rest
         angles = tables[0] if tables else None
 
-        def write(token: Expr) -> None:
+        def write(token: Expr, _: Expr) -> None:
             turn = token * rope.dim if rope is not None else None
             sequence = bind(T.truncdiv(token, step))
             row = bind(shape.row(past[sequence] + T.truncmod(token, step)))
@@ -127,7 +123,7 @@ def rotate_and_write_kernel(
                     value = _stored(narrow, value, shape.dtype)
                     narrow.store(values, start + row * dim + channel, value)
 
-        _each_token(bind(sequences * step), write)
+        for_rows(bind(sequences * step), write)
 
     inputs = [Pointer(name, "float32") for name in ("q", "k", "v", *(["angles"] if rope else []))]
     memory = [Pointer("keys", shape.dtype), Pointer("values", shape.dtype), Pointer("rotated", "float32")]
@@ -140,10 +136,3 @@ def rotate_and_write_kernel(
 
 def _stored(vectors: Vectors, value: Expr, dtype: str) -> Expr:
     return Cast(f"{dtype}x{vectors.lanes}", value)
-
-
-def _each_token(tokens: Expr, write: Callable[[Expr], None]) -> None:
-    with when(tokens < _PARALLEL_TOKENS), serial(tokens) as token:
-        write(token)
-    with when(tokens >= _PARALLEL_TOKENS), parallel(tokens) as token:
-        write(token)

@@ -7,7 +7,17 @@ from typing import Any
 from tvm.tirx import Cast, const
 from tvm.tirx.script.builder import ir as T
 
-from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, Kernel, Number, Pointer, bind, for_rows, serial, view
+from rlxc.backends.tvm.kernels.kernel import (
+    Buffer,
+    Expr,
+    Kernel,
+    Number,
+    Pointer,
+    bind,
+    for_rows,
+    serial,
+    view,
+)
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, FloatLayout, Layout, PackedLayout
 from rlxc.dtypes import DType
 
@@ -81,7 +91,7 @@ def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, star
 
 
 def _word(layout: PackedLayout, words: Buffer, first: Expr, group: int) -> Expr:
-    """Four unsigned codes of a row, in the bytes of an int32; ``first`` is the row's word in the block's first plane."""
+    """Four unsigned codes of a row in an int32; ``first`` is the row's word in the block's first plane."""
     word: Expr = const(0, "int32")
     plane = low = 0
     for width in layout.planes:

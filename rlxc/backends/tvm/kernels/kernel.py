@@ -8,7 +8,7 @@ tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,9 @@ Expr = Any
 
 Buffer = Any
 """A flat buffer of TVM's."""
+
+Knobs = Mapping[str, int]
+"""A setting of what may be tuned in a kernel: it changes speed, and rounding at most."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,17 @@ class Kernel:
 
     def function(self, *, private: bool) -> PrimFunc:
         """The kernel as a PrimFunc."""
-        with IRBuilder() as builder:
-            with T.prim_func(is_private=private):
-                T.func_name(self.name)
-                T.func_attr({"tirx.noalias": True})
-                if private:
-                    T.func_ret(PrimType("int32"))
-                given = [_parameter(param, private) for param in self.params]
-                arguments = [_buffer(param, value, private) for param, value in zip(self.params, given)]
-                with _on_cpu():
-                    self.body(*arguments)
-                if private:
-                    T.Return(const(0, "int32"))
+        with IRBuilder() as builder, T.prim_func(is_private=private):
+            T.func_name(self.name)
+            T.func_attr({"tirx.noalias": True})
+            if private:
+                T.func_ret(PrimType("int32"))
+            given = [_parameter(param, private) for param in self.params]
+            arguments = [_buffer(param, value, private) for param, value in zip(self.params, given)]
+            with _on_cpu():
+                self.body(*arguments)
+            if private:
+                T.Return(const(0, "int32"))
         return builder.get()
 
 

@@ -60,7 +60,7 @@ def sigmoid(vectors: Vectors, x: Expr) -> Expr:
 
 
 def silu(vectors: Vectors, x: Expr) -> Expr:
-    """x * sigmoid(x)."""
+    """The number times its sigmoid."""
     x = bind(x)
     return x * sigmoid(vectors, x)
 

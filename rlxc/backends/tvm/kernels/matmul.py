@@ -11,7 +11,6 @@ The second sum is there for formats with minimums only; in others the centre is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm.tirx import Cast
@@ -21,12 +20,12 @@ from rlxc.backends.tvm.kernels.kernel import (
     Buffer,
     Expr,
     Kernel,
+    Knobs,
     Number,
     Pointer,
     Register,
     bind,
     for_tokens,
-    local,
     parallel,
     serial,
     view,
@@ -35,27 +34,18 @@ from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.tiles import TileReader, groups_of
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
-from rlxc.backends.tvm.targets import CpuTarget
 
-Knobs = Mapping[str, int]
-
-
-def default_knobs(target: CpuTarget) -> Knobs:
-    """``tokens`` that share a pass over a tile, so that sums stay in registers."""
-    return {"tokens": 10 if target.registers >= 32 else 4}
-
-
-def knob_space(target: CpuTarget) -> tuple[Knobs, ...]:
-    """Every setting worth measuring, the default first."""
-    default = default_knobs(target)
-    others = [{"tokens": tokens} for tokens in (2, 3, 4, 5, 6, 8, 10, 12)]
-    return (default, *(knobs for knobs in others if knobs != default))
+FEW = 2
+"""Tokens up to which reading weights takes longer than multiplying them."""
 
 
 def matmul_kernel(
     vectors: Vectors, knobs: Knobs, layout: PackedLayout, output: OutputRows, *, bias: bool
 ) -> Kernel:
     """The kernel for one weight's layout.
+
+    Its knobs: ``tokens`` that share a pass over a tile, so many that their sums stay in registers; ``prefetch``, how
+    many bytes ahead the weight is asked for where reading it takes longer than multiplying it.
 
     Its parameters: the weight's bytes; activations as :class:`QuantisedRow` rows; the bias f32 ``[rows]`` if there is
     one; the output, f32 ``[tokens, rows]`` with the stride of ``output``; the number of tokens.
@@ -66,7 +56,9 @@ def matmul_kernel(
         bias_buffer = rest[0] if bias else None
         out, count = rest[-2:]
         ints, floats = view(activations, "int32"), view(activations, "float32")
-        product = _Product(vectors, layout, row, weight, ints, floats, bias_buffer, out, output)
+        product = _Product(
+            vectors, knobs["prefetch"], layout, row, weight, ints, floats, bias_buffer, out, output
+        )
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
             for_tokens(count, knobs["tokens"], lambda tokens, start: product.emit(tile, tokens, start))
@@ -83,6 +75,7 @@ class _Product:
     """The buffers of one product; emits the code for a tile and some tokens."""
 
     vectors: Vectors
+    prefetch: int
     layout: PackedLayout
     row: QuantisedRow
     weight: Buffer
@@ -116,6 +109,8 @@ class _Product:
             minimum = bind(reader.minimum(super_block)) if format.has_mins else None
             with serial(per_scale) as index:
                 block = bind(super_block * per_scale + index)
+                if len(rows) <= FEW and self.prefetch:
+                    reader.prefetch(block, self.prefetch)
                 for part in range(BLOCK // self.row.sub_block):
                     self._sub_block(reader, sums, rows, block, part, scale, minimum)
 

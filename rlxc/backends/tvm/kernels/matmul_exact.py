@@ -13,6 +13,7 @@ from rlxc.backends.tvm.kernels.kernel import (
     Buffer,
     Expr,
     Kernel,
+    Knobs,
     Number,
     Pointer,
     Register,
@@ -22,20 +23,22 @@ from rlxc.backends.tvm.kernels.kernel import (
     serial,
     view,
 )
-from rlxc.backends.tvm.kernels.matmul import Knobs
+from rlxc.backends.tvm.kernels.matmul import FEW
 from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.tiles import TileReader, groups_of
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, FloatLayout, Layout, PackedLayout
 from rlxc.dtypes import DType
 
-_DTYPES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
+_DTYPES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "uint16"}
 
 
 def exact_matmul_kernel(
     vectors: Vectors, knobs: Knobs, layout: Layout, output: OutputRows, *, stride: int, bias: bool
 ) -> Kernel:
     """The kernel for one weight's layout.
+
+    Its knobs are those of :func:`~rlxc.backends.tvm.kernels.matmul.matmul_kernel`.
 
     Its parameters: the weight's bytes; x f32 ``[tokens, columns]``, ``stride`` numbers from token to token; the bias
     f32 ``[rows]`` if there is one; the output, f32 ``[tokens, rows]`` as ``output`` says; the number of tokens.
@@ -44,7 +47,7 @@ def exact_matmul_kernel(
     def body(weight: Buffer, x: Buffer, *rest: Buffer) -> None:
         bias_buffer = rest[0] if bias else None
         out, count = rest[-2:]
-        product = _Product(vectors, layout, weight, x, stride, bias_buffer, out, output)
+        product = _Product(vectors, knobs["prefetch"], layout, weight, x, stride, bias_buffer, out, output)
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
             for_tokens(count, knobs["tokens"], lambda tokens, start: product.emit(tile, tokens, start))
@@ -64,6 +67,7 @@ class _Product:
     """The buffers of one product; emits the code for a tile and some tokens."""
 
     vectors: Vectors
+    prefetch: int
     layout: Layout
     weight: Buffer
     x: Buffer
@@ -96,8 +100,9 @@ class _Product:
         values = view(self.weight, _DTYPES[layout.dtype])
         start = bind(tile * (layout.columns * TILE) + first)
         with serial(layout.columns) as column:
-            weight = bind(vectors.floats(vectors.load(values, start + column * TILE)))
-            self._multiply(weight, column, sums, rows)
+            weight = vectors.load(values, start + column * TILE)
+            widen = vectors.widen_bf16 if layout.dtype is DType.BF16 else vectors.floats
+            self._multiply(bind(widen(weight)), column, sums, rows)
 
     def _packed(self, reader: TileReader, sums: list[Register], rows: list[Expr]) -> None:
         layout: PackedLayout = reader.layout
@@ -108,6 +113,8 @@ class _Product:
             minimum = bind(reader.minimum(super_block)) if format.has_mins else None
             with serial(per_scale) as index:
                 block = bind(super_block * per_scale + index)
+                if len(rows) <= FEW and self.prefetch:
+                    reader.prefetch(block, self.prefetch)
                 for part in range(sub_blocks):
                     self._sub_block(reader, sums, rows, block, part, scale, minimum)
 

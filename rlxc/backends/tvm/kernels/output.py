@@ -21,7 +21,9 @@ class OutputRows:
     rows: int
     stride: int
 
-    def store(self, vectors: Vectors, out: Buffer, token: Expr, tile: Expr, first: int, value: Register) -> None:
+    def store(
+        self, vectors: Vectors, out: Buffer, token: Expr, tile: Expr, first: int, value: Register
+    ) -> None:
         """Write one token's results for the rows of a tile from ``first`` on, as many as a vector has."""
         row = tile * TILE + first
         at = T.cast(token, "int64") * self.stride + row

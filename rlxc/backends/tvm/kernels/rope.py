@@ -41,11 +41,11 @@ def angles_kernel(vectors: Vectors, *, dim: int, magnitude: float) -> Kernel:
                 narrow.store(angles, row + half + i * lanes, sine)
 
     pointers = (Pointer("past", "int32"), Pointer("frequencies", "float64"), Pointer("angles", "float32"))
-    name = f"angles_{vectors.lanes}_{dim}_{_digits(magnitude)}"
+    name = f"angles_{vectors.lanes}_{dim}_{digits(magnitude)}"
     return Kernel(name, (*pointers, Number("sequences"), Number("step")), body)
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
     """A float as part of a C name, different for different floats."""
     return float(number).hex().translate(str.maketrans("+-.", "pmd"))
 

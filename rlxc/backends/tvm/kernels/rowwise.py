@@ -93,7 +93,7 @@ def rowwise_kernel(vectors: Vectors, name: str, program: RowProgram) -> Kernel:
 
         for_rows(count, row)
 
-    params = (
+    params: tuple[Pointer | Number, ...] = (
         *(Pointer(f"in{i}", "float32") for i in range(len(program.inputs))),
         *(Pointer(f"out{i}", "float32") for i in range(len(program.stored))),
         *(Pointer(f"rounded{i}", "int8") for i in range(len(program.rounded))),
@@ -147,7 +147,8 @@ def _padded(width: int) -> int:
 def _emit(vectors: Vectors, op: ops.Op, args: list[Any], out: _Place) -> None:
     match op:
         case ops.RmsNorm():
-            _rms_norm(vectors, op, *args, out)
+            x, weight = args
+            _rms_norm(vectors, op, x, weight, out)
         case ops.Add():
             _elementwise(vectors, args, out, lambda v, a, b: a + b)
         case ops.Mul():
@@ -178,13 +179,22 @@ def _emit(vectors: Vectors, op: ops.Op, args: list[Any], out: _Place) -> None:
 
 def supports(op: ops.Op) -> bool:
     """Whether a :class:`Step` can have this op."""
-    kinds = (ops.RmsNorm, ops.Add, ops.Mul, ops.Square, ops.Sqrt, ops.Rsqrt, ops.Silu, ops.Gelu, ops.Glu, ops.Mean)
+    kinds = (
+        ops.RmsNorm,
+        ops.Add,
+        ops.Mul,
+        ops.Square,
+        ops.Sqrt,
+        ops.Rsqrt,
+        ops.Silu,
+        ops.Gelu,
+        ops.Glu,
+        ops.Mean,
+    )
     return isinstance(op, kinds)
 
 
-def _elementwise(
-    vectors: Vectors, args: list[Any], out: _Place, function: Callable[..., Expr]
-) -> None:
+def _elementwise(vectors: Vectors, args: list[Any], out: _Place, function: Callable[..., Expr]) -> None:
     v = _dividing(vectors, out.width)
     with serial(out.width // v.lanes) as index:
         at = index * v.lanes

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from tvm.tirx import address_of, call_llvm_intrin, const
+from tvm.tirx.script.builder import ir as T
+
 from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, view
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
 
 _GROUP_BYTES = 4 * TILE
+
+# For reading, to stay in every cache, data.
+_PREFETCH = (const(0, "int32"), const(3, "int32"), const(1, "int32"))
 
 
 class TileReader:
@@ -20,7 +26,9 @@ class TileReader:
         first: which rows of it.
     """
 
-    def __init__(self, vectors: Vectors, layout: PackedLayout, weight: Buffer, tile: Expr, first: int) -> None:
+    def __init__(
+        self, vectors: Vectors, layout: PackedLayout, weight: Buffer, tile: Expr, first: int
+    ) -> None:
         self._vectors, self.layout, self._first, self._tile = vectors, layout, first, tile
         self._bytes = weight
         self._halves = view(weight, "float16")
@@ -44,6 +52,13 @@ class TileReader:
             first += width
             low += width
         return vectors.as_bytes(word)
+
+    def prefetch(self, block: Expr, distance: int) -> None:
+        """Ask for the codes ``distance`` bytes after those of a block, as many bytes as a block has."""
+        start = self._start("codes") + block * (self.layout.bits * _GROUP_BYTES) + distance
+        for line in range(self.layout.bits):
+            address = address_of(self._bytes[start + line * _GROUP_BYTES])
+            T.evaluate(call_llvm_intrin("void", "llvm.prefetch.p0", address, *_PREFETCH))
 
     def scale(self, block: Expr) -> Expr:
         """The f16 scale of a block of the format, as f32."""

@@ -54,6 +54,10 @@ class Vectors:
         """The vector, as f32."""
         return Cast(f"float32x{self.lanes}", value)
 
+    def widen_bf16(self, value: Expr) -> Expr:
+        """bf16, as u16, to f32: the upper half of its bits. (TVM's own conversion takes bound vectors for integers.)"""
+        return self.as_floats(Cast(f"int32x{self.lanes}", value) << self.splat(16, "int32"))
+
     def ints(self, value: Expr) -> Expr:
         """The vector, as i32."""
         return Cast(f"int32x{self.lanes}", value)

@@ -1,0 +1,225 @@
+"""The kernels that have knobs, as problems for the tuner: each made from plain data, which an artifact can keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rlxc.backends.tvm.kernels.activations import QuantisedRow
+from rlxc.backends.tvm.kernels.attention import attention_kernel, workspace_floats
+from rlxc.backends.tvm.kernels.attention_block import AttentionKnobs
+from rlxc.backends.tvm.kernels.cache import CacheShape
+from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs
+from rlxc.backends.tvm.kernels.matmul import FEW, matmul_kernel
+from rlxc.backends.tvm.kernels.matmul_exact import exact_matmul_kernel
+from rlxc.backends.tvm.kernels.output import OutputRows
+from rlxc.backends.tvm.kernels.vector import Vectors
+from rlxc.backends.tvm.layout import TILE, PackedLayout, layout_of
+from rlxc.backends.tvm.problem import Filled, Problem
+from rlxc.backends.tvm.targets import CpuTarget
+from rlxc.dtypes import DType
+from rlxc.errors import ArtifactError
+
+
+def matmul(
+    target: CpuTarget,
+    *,
+    dtype: str,
+    rows: int,
+    columns: int,
+    stride: int,
+    bias: bool,
+    tokens: int,
+    weight: int = 1,
+) -> Problem:
+    """A product of a packed weight and int8 activations; results have ``stride`` numbers from token to token."""
+    vectors, layout = Vectors.of(target), PackedLayout(DType(dtype), rows, columns)
+    row = QuantisedRow.of(layout, vectors)
+
+    def make(knobs: Knobs) -> Kernel:
+        return matmul_kernel(vectors, knobs, layout, OutputRows(rows, stride), bias=bias)
+
+    space = _matmul_space(target, tokens)
+    biases = (layout.tiles * TILE,) if bias else ()
+    return Problem(
+        name=f"{make(space[0]).name}, {_tokens(tokens)}",
+        space=space,
+        make=make,
+        arguments=(layout.nbytes, tokens * row.stride, *biases, tokens * stride, tokens),
+        bytes_moved=layout.nbytes,
+        operations=2 * rows * columns * tokens,
+        weight=weight,
+    )
+
+
+def matmul_exact(
+    target: CpuTarget,
+    *,
+    dtype: str,
+    rows: int,
+    columns: int,
+    x_stride: int,
+    stride: int,
+    bias: bool,
+    tokens: int,
+    weight: int = 1,
+) -> Problem:
+    """A product of any weight and f32 activations, ``x_stride`` numbers from token to token."""
+    vectors, layout = Vectors.of(target), layout_of(DType(dtype), rows, columns)
+
+    def make(knobs: Knobs) -> Kernel:
+        output = OutputRows(rows, stride)
+        return exact_matmul_kernel(vectors, knobs, layout, output, stride=x_stride, bias=bias)
+
+    space = _matmul_space(target, tokens)
+    biases = (layout.tiles * TILE,) if bias else ()
+    return Problem(
+        name=f"{make(space[0]).name}, {_tokens(tokens)}",
+        space=space,
+        make=make,
+        arguments=(layout.nbytes, tokens * x_stride, *biases, tokens * stride, tokens),
+        bytes_moved=layout.nbytes,
+        operations=2 * rows * columns * tokens,
+        weight=weight,
+    )
+
+
+def attention(
+    target: CpuTarget,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    ring: bool,
+    cache_dtype: Literal["float16", "float32"],
+    scale: float,
+    window: int | None,
+    out_stride: int,
+    tokens: int,
+    weight: int = 1,
+) -> Problem:
+    """Attention of a step's tokens, which are the last that a linear cache has room for."""
+    vectors = Vectors.of(target)
+    shape = CacheShape(kv_heads, head_dim, capacity, ring, cache_dtype)
+
+    def make(knobs: Knobs) -> Kernel:
+        return attention_kernel(
+            vectors,
+            _attention_knobs(target, knobs),
+            heads=heads,
+            shape=shape,
+            scale=scale,
+            window=window,
+            soft_cap=None,
+            sinks=False,
+            out_stride=out_stride,
+        )
+
+    space = _attention_space(target)
+    elements = kv_heads * capacity * head_dim
+    past = max(0, min(capacity, window or capacity) - tokens)
+    seen = tokens * (past + tokens // 2)
+    kind = "ring" if ring else "linear"
+    return Problem(
+        name=(
+            f"attention {heads}x{head_dim} over {kv_heads} {cache_dtype} {kind} {capacity}, "
+            f"window {window}, stride {out_stride}, {_tokens(tokens)}"
+        ),
+        space=space,
+        make=make,
+        arguments=(
+            tokens * heads * head_dim,
+            elements,
+            elements,
+            1,
+            Filled(1, past),
+            attention_workspace(target, head_dim),
+            tokens * out_stride,
+            1,
+            tokens,
+        ),
+        bytes_moved=2 * elements * (2 if cache_dtype == "float16" else 4),
+        operations=4 * heads * head_dim * seen,
+        weight=weight,
+    )
+
+
+def attention_workspace(target: CpuTarget, head_dim: int) -> int:
+    """The f32 of workspace that attention needs, whatever its knobs."""
+    space = _attention_space(target)
+    return max(workspace_floats(_attention_knobs(target, knobs), head_dim) for knobs in space)
+
+
+_FAMILIES: Mapping[str, Callable[..., Problem]] = {
+    family.__name__: family for family in (matmul, matmul_exact, attention)
+}
+
+
+def write_entries(entries: Sequence[Entry]) -> bytes:
+    """Entries as an artifact keeps them."""
+    return json.dumps([asdict(entry) for entry in entries], indent=1).encode()
+
+
+def read_problems(data: bytes, target: CpuTarget, source: object) -> list[Problem]:
+    """The problems, for a target, that an artifact keeps.
+
+    Raises:
+        ArtifactError: another version of rlxc wrote them.
+    """
+    try:
+        return [Entry(**entry).problem(target) for entry in json.loads(data)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"its kernels are not those of this rlxc ({error})",
+            source=source,
+            remedy="compile the model again, or tune the model itself",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A problem as plain data: its family, and that family's parameters."""
+
+    family: str
+    parameters: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The same for equal entries, and for no others."""
+        return json.dumps([self.family, self.parameters], sort_keys=True)
+
+    def times(self, count: int) -> Entry:
+        """The same problem, met ``count`` times in a step."""
+        return Entry(self.family, {**self.parameters, "weight": count})
+
+    def problem(self, target: CpuTarget) -> Problem:
+        """The problem, for a target."""
+        return _FAMILIES[self.family](target, **self.parameters)
+
+
+def _matmul_space(target: CpuTarget, tokens: int) -> tuple[Knobs, ...]:
+    """The default first; then what may be better for many tokens, or for one."""
+    default = {"tokens": 10 if target.registers >= 32 else 4, "prefetch": 2048}
+    if tokens > FEW:
+        others = [{**default, "tokens": count} for count in range(2, 13 if target.registers >= 32 else 7)]
+    else:
+        others = [{**default, "prefetch": distance} for distance in (0, 1024, 4096)]
+    return (default, *(knobs for knobs in others if knobs != default))
+
+
+def _attention_space(target: CpuTarget) -> tuple[Knobs, ...]:
+    default = AttentionKnobs.of(target)
+    rows = (8, 10, 12, 14) if target.registers >= 32 else (4, 5, 6)
+    settings = [(default.rows, default.keys), *((r, k) for r in rows for k in (32, 64, 128))]
+    return tuple({"rows": r, "keys": k} for r, k in dict.fromkeys(settings))
+
+
+def _attention_knobs(target: CpuTarget, knobs: Knobs) -> AttentionKnobs:
+    return AttentionKnobs(knobs["rows"], knobs["keys"], target.registers)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' if count > 1 else ''}"

@@ -1,0 +1,57 @@
+"""Random weights as kernels read them, beside what they decode to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from random_tensors import random_bytes
+
+from rlxc.backends.tvm.layout import Bytes, Layout, in_tiles, layout_of
+from rlxc.dtypes import DType
+from rlxc.weights.formats import FORMATS
+
+PACKED = [dtype for dtype in DType if dtype.is_packed]
+FLOATS = [DType.F32, DType.F16, DType.BF16]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A matrix: ``data`` uint8 ``[rows, row_bytes]`` of a model file, and ``stored`` int8, as its layout says."""
+
+    layout: Layout
+    data: Bytes
+    stored: npt.NDArray[np.int8]
+
+    @property
+    def decoded(self) -> npt.NDArray[np.float32]:
+        """The weights, ``[rows, columns]``."""
+        return FORMATS[self.layout.dtype].decode(self.data, self.layout.columns)
+
+
+def random_weight(dtype: DType, rows: int, columns: int, seed: int = 0) -> StoredWeight:
+    """Any codes and factors; scales and minimums of both signs."""
+    rng = np.random.default_rng(seed)
+    fmt = FORMATS[dtype]
+    data = random_bytes(dtype, (rows, columns), rng).reshape(rows, -1)
+    blocks = data.reshape(-1, fmt.block_bytes)
+    for scale in (fmt.scale, fmt.minimum):
+        if scale is not None:
+            blocks[:, scale.offset + 1] ^= rng.choice(np.array([0, 0x80], np.uint8), len(blocks))
+    layout = layout_of(dtype, rows, columns)
+    return StoredWeight(layout, data, store(layout, [data]))
+
+
+def store(layout: Layout, parts: list[Bytes], chunk_rows: int = 32) -> npt.NDArray[np.int8]:
+    """All sections of a weight, written chunk by chunk; what no section holds is 0xAA."""
+    out = np.full(layout.nbytes, 0xAA, np.uint8)
+    ends = {name: section.offset for name, section in layout.sections.items()}
+    for rows in in_tiles(parts, chunk_rows):
+        for name, array in layout.encode(rows).items():
+            raw = array.view(np.uint8).ravel()
+            out[ends[name] : ends[name] + raw.size] = raw
+            ends[name] += raw.size
+    expected = {n: section.offset + section.tile_bytes * layout.tiles for n, section in layout.sections.items()}
+    assert ends == expected
+    return out.view(np.int8)

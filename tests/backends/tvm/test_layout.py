@@ -1,0 +1,158 @@
+"""Tiles of 16 rows: a slow reader that follows the documentation finds in them what ``gguf`` decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stored_weights import FLOATS, PACKED, random_weight, store
+
+from rlxc.backends.tvm.layout import ALIGNMENT, FloatLayout, PackedLayout, in_tiles, layout_of
+from rlxc.dtypes import DType
+from rlxc.weights.formats import FORMATS
+
+Matrix = npt.NDArray[np.float32]
+
+# What each format's blocks are, in numbers that do not come from the code under test: the width of a code, the code
+# that stands for zero, and columns of a block and of a sub-block.
+FACTS = {
+    DType.Q4_0: (4, 8, 32, 32),
+    DType.Q4_1: (4, 0, 32, 32),
+    DType.Q5_0: (5, 16, 32, 32),
+    DType.Q5_1: (5, 0, 32, 32),
+    DType.Q8_0: (8, 128, 32, 32),
+    DType.Q2_K: (2, 0, 256, 16),
+    DType.Q3_K: (3, 4, 256, 16),
+    DType.Q4_K: (4, 0, 256, 32),
+    DType.Q5_K: (5, 0, 256, 32),
+    DType.Q6_K: (6, 32, 256, 16),
+}
+PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
+WITH_MINIMUMS = {DType.Q4_1, DType.Q5_1, DType.Q2_K, DType.Q4_K, DType.Q5_K}
+GROWTH = {DType.Q2_K: 100 / 84, DType.Q3_K: 114 / 110, DType.Q4_K: 148 / 144, DType.Q5_K: 180 / 176}
+"""Bytes of a block here and in the model file, where 4- and 6-bit factors become bytes."""
+
+
+def read_slowly(layout: PackedLayout, stored: npt.NDArray[np.int8]) -> Matrix:
+    """Every row of every tile, the padding too: ``scale * code - minimum``, one number after the other."""
+    bits, zero, block, sub_block = FACTS[layout.dtype]
+    data = stored.view(np.uint8)
+    out = np.empty((16 * layout.tiles, layout.columns), np.float32)
+    for row in range(len(out)):
+        tile, lane = divmod(row, 16)
+
+        def place(section: str, tile: int = tile) -> int:
+            found = layout.sections[section]
+            return found.offset + tile * found.tile_bytes
+
+        def number(name: str, column: int, lane: int = lane) -> np.float32:
+            at = place(name) + (column // block * 16 + lane) * 2
+            value = np.float32(data[at : at + 2].view("<f2")[0])
+            if f"{name}_factors" not in layout.sections:
+                return value
+            return value * np.float32(stored[place(f"{name}_factors") + column // sub_block * 16 + lane])
+
+        for column in range(layout.columns):
+            group, code, low, vector = column % 32 // 4, 0, 0, 0
+            for width in PLANES[bits]:
+                start = place("codes") + (column // 32 * bits + vector + group % width) * 64
+                byte = int(data[start + lane * 4 + column % 4]) >> group // width * width
+                code |= (byte & (1 << width) - 1) << low
+                vector, low = vector + width, low + width
+            value = number("scale", column) * np.float32(code - zero)
+            if layout.dtype in WITH_MINIMUMS:
+                value -= number("minimum", column)
+            out[row, column] = value
+    return out
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_weight_keeps_every_number(dtype: DType) -> None:
+    weight = random_weight(dtype, rows=21, columns=512)
+    assert isinstance(weight.layout, PackedLayout)
+    expected = gguf.dequantize(weight.data, FORMATS[dtype].ggml_type)
+    np.testing.assert_array_equal(read_slowly(weight.layout, weight.stored)[:21], expected)
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_rows_that_only_fill_a_tile_are_zero(dtype: DType) -> None:
+    weight = random_weight(dtype, rows=17, columns=256)
+    assert isinstance(weight.layout, PackedLayout)
+    assert not read_slowly(weight.layout, weight.stored)[17:].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_float_weight_keeps_every_bit(dtype: DType) -> None:
+    weight = random_weight(dtype, rows=21, columns=40)
+    element = np.uint32 if dtype is DType.F32 else np.uint16
+    values = weight.stored[: 32 * 40 * element().nbytes].view(element).reshape(2, 40, 16)
+    rows = values.transpose(0, 2, 1).reshape(32, 40)
+    np.testing.assert_array_equal(rows[:21], weight.data.view(element))
+    assert not rows[21:].any()
+
+
+@pytest.mark.parametrize("dtype", PACKED + FLOATS)
+@pytest.mark.parametrize("rows", [1, 16, 21, 48])
+def test_sections_follow_each_other_on_cache_lines(dtype: DType, rows: int) -> None:
+    layout, end = layout_of(dtype, rows, 512), 0
+    for section in layout.sections.values():
+        assert section.offset % ALIGNMENT == 0
+        assert 0 <= section.offset - end < ALIGNMENT
+        end = section.offset + section.tile_bytes * -(-rows // 16)
+    assert layout.nbytes % ALIGNMENT == 0
+    assert 0 <= layout.nbytes - end < ALIGNMENT
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_codes_take_the_bits_that_they_have(dtype: DType) -> None:
+    layout = layout_of(dtype, 32, 512)
+    assert layout.sections["codes"].tile_bytes * 2 * 8 == 32 * 512 * FACTS[dtype][0]
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_weight_is_hardly_larger_than_in_the_model_file(dtype: DType) -> None:
+    in_file = 1024 * FORMATS[dtype].row_bytes(1024)
+    assert layout_of(dtype, 1024, 1024).nbytes == in_file * GROWTH.get(dtype, 1)
+
+
+@pytest.mark.parametrize("dtype", [DType.Q4_0, DType.Q6_K, DType.F16])
+def test_weight_in_parts_lies_like_the_whole(dtype: DType) -> None:
+    weight = random_weight(dtype, rows=75, columns=256)
+    for sizes in ([75], [5, 70], [16, 59], [37, 1, 1, 36], [7, 8, 60]):
+        parts = np.split(weight.data, np.cumsum(sizes)[:-1])
+        np.testing.assert_array_equal(store(weight.layout, parts, chunk_rows=16), weight.stored)
+
+
+@given(sizes=st.lists(st.integers(0, 70), max_size=6), tiles=st.integers(1, 3))
+def test_chunks_are_whole_tiles_of_all_rows_in_order(sizes: list[int], tiles: int) -> None:
+    total = sum(sizes)
+    numbers = np.arange(1, total + 1, dtype=np.uint32)
+    rows = numbers.view(np.uint8).reshape(total, 4)
+    chunks = list(in_tiles(np.split(rows, np.cumsum(sizes)[:-1]) if sizes else [], 16 * tiles))
+    assert all(0 < len(chunk) <= 16 * tiles and len(chunk) % 16 == 0 for chunk in chunks)
+    found = np.concatenate([np.zeros((0, 4), np.uint8), *chunks])
+    assert len(found) == -(-total // 16) * 16
+    np.testing.assert_array_equal(found[:total], rows)
+    assert not found[total:].any()
+
+
+def test_large_parts_are_not_copied_whole() -> None:
+    """A part that starts within a tile borrows its rows like any other."""
+    large = np.ones((4096, 64), np.uint8)
+
+    def parts() -> Iterator[npt.NDArray[np.uint8]]:
+        yield np.ones((5, 64), np.uint8)
+        yield large
+
+    borrowed = [np.shares_memory(chunk, large) for chunk in in_tiles(parts(), 64)]
+    assert borrowed.count(False) == 2  # the tile of both parts, and the last one, which is padded
+
+
+def test_layout_is_chosen_by_type() -> None:
+    assert isinstance(layout_of(DType.Q4_K, 16, 256), PackedLayout)
+    assert isinstance(layout_of(DType.BF16, 16, 256), FloatLayout)
