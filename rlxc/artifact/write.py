@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,8 @@ class FileWriter:
 
     def __init__(self, path: Path, artifact: Path) -> None:
         self._artifact, self._size, self._digest = artifact, 0, hashlib.sha256()
+        # Hashing a large file takes as long as writing it.
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="rlxc-hash")
         with _writing(artifact):
             self._file = open(path, "xb")  # noqa: SIM115 - __exit__ closes it
 
@@ -154,9 +157,12 @@ class FileWriter:
         if not view.nbytes:
             return
         view = view.cast("B")
-        self._digest.update(view)
-        with _writing(self._artifact):
-            self._file.write(view)
+        hashing = self._hasher.submit(self._digest.update, view)
+        try:
+            with _writing(self._artifact):
+                self._file.write(view)
+        finally:
+            hashing.result()
         self._size += len(view)
 
     def align(self, multiple: int) -> None:
@@ -177,6 +183,7 @@ class FileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hasher.shutdown()
         with _writing(self._artifact), self._file as file:
             if error is None:
                 file.flush()

@@ -9,8 +9,6 @@ import hashlib
 import io
 import json
 import os
-import random
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -296,47 +294,46 @@ def _bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Measurements of each.")] = 5,
     threads: Threads = None,
     context: GgufContext = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Decode this many sequences together, too.", show_default=False),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the time of each kernel.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure tokens per second: prefill and decode, each from an empty context, after a warm-up.
 
+    The rate at which decoding reads weights is compared with the one at which numpy reads memory.
+
     \b
     Example:
       rlxc bench gemma.rlx -p 512 -n 64 -r 5 --threads 2
+      rlxc bench gemma.rlx --profile --batch 8
     """
+    from rlxc.cli.bench import Bench, bytes_per_token, streaming_bandwidth, table, to_json
+    from rlxc.runtime.threads import choose_threads
+
     report: dict[str, Any] = {"model": str(model), "threads": threads, "repetitions": repetitions}
     with rlxc.load(_artifact_of(model, context), threads=threads) as session, progress_bars() as progress:
-        numbers = random.Random(0)
-        ids = [numbers.randrange(session.vocab_size) for _ in range(max(prompt_tokens, max_tokens))]
-
-        def prefill() -> None:
-            session.prefill(ids[:prompt_tokens])
-
-        def decode() -> None:
-            for token_id in ids[:max_tokens]:
-                session.decode(token_id)
-
-        for stage, work, count in (("prefill", prefill, prompt_tokens), ("decode", decode, max_tokens)):
-            rates = []
-            for i in range(repetitions + 1):
-                session.reset()
-                started = time.perf_counter()
-                work()
-                rates.append(count / (time.perf_counter() - started))
-                if progress:
-                    progress(stage, i + 1, repetitions + 1)
-            del rates[0]  # the warm-up
-            spread = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
-            report[stage] = {"tokens": count, "tokens_per_second": spread}
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    for stage in ("prefill", "decode"):
-        spread = report[stage]["tokens_per_second"]
-        print(
-            f"{stage:8}{report[stage]['tokens']:6} tokens {spread['median']:10.1f} tokens/s"
-            f"   ({spread['min']:.1f} to {spread['max']:.1f} in {repetitions})"
-        )
+        bench = Bench(session, repetitions, progress)
+        if profile:
+            report["profile"] = bench.profile(prompt_tokens, max_tokens)
+        report["prefill"] = {"tokens": prompt_tokens, "tokens_per_second": bench.prefill(prompt_tokens)}
+        decode = bench.decode(max_tokens)
+        report["decode"] = {"tokens": max_tokens, "tokens_per_second": decode}
+        if batch:
+            rates = bench.decode_together(batch, max_tokens)
+            report["batch"] = {"sequences": batch, "tokens": max_tokens, "tokens_per_second": rates}
+            report["batch"]["ratio"] = rates.median / decode.median
+        used = choose_threads(threads)
+        bandwidth, read = streaming_bandwidth(used), bytes_per_token(session.artifact.manifest)
+        report["memory"] = {
+            "threads": used,
+            "gigabytes_per_second": bandwidth / 1e9,
+            "bytes_per_token": read,
+            "fraction": read * decode.median / bandwidth,
+        }
+    print(to_json(report) if as_json else "\n".join(table(report)))
 
 
 @app.command("inspect")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rlxc.artifact import Artifact, Verification
 from rlxc.errors import SessionError
 from rlxc.runtime.cpu import choose_library
+from rlxc.runtime.logits import StepLogits
 
 
 class Cache(Protocol):
@@ -26,7 +27,7 @@ C = TypeVar("C", bound=Cache)
 
 
 class Engine(Protocol[C]):
-    """A loaded model, with its own kind of cache."""
+    """A loaded model, with its own kind of cache. One step at a time."""
 
     @property
     def vocab_size(self) -> int:
@@ -38,23 +39,28 @@ class Engine(Protocol[C]):
 
     @property
     def max_step(self) -> int:
-        """The most tokens that one step can add."""
+        """The most tokens that one step can add, to all its sequences together."""
 
     def new_cache(self) -> C:
         """An empty cache."""
 
+    @property
+    def ticks(self) -> npt.NDArray[np.int64] | None:
+        """When each call of a kernel in the last step began, and when the last one ended.
+
+        In ticks of a clock of the CPU's, in the order of the calls in ``kernels.json``; None from an engine that does
+        not know.
+        """
+
     def step(
-        self, cache: C, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Run ``ids`` ``[S]`` after what ``cache`` holds, and append them to it.
+        self, caches: Sequence[C], ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> StepLogits:
+        """Run tokens after what each cache holds, and append them to it.
 
         Args:
-            cache: has room for the ids.
-            ids: 1 ... ``max_step`` tokens of the vocabulary.
-            rows: ``[R]``, the positions in ``ids`` whose logits are wanted; maybe none.
-
-        Returns:
-            Logits ``[R, vocab]``, the caller's to keep.
+            caches: ``B`` different ones, each with room for ``S`` more tokens.
+            ids: ``[B, S]`` tokens of the vocabulary, 1 ... ``max_step`` in all.
+            rows: ``[R]``, the positions in 0 ... S - 1 whose logits are wanted, the same of each sequence; maybe none.
         """
 
     def close(self) -> None:
@@ -79,25 +85,39 @@ def _import_tvm() -> MakeEngine:
 
 @dataclass(frozen=True)
 class _Entry:
-    """How a backend's engine is imported, the packages that it needs, and the file that it loads as code."""
+    """How a backend's engine is imported, the packages that it needs, and the file that it loads as code.
+
+    One that loads slowly does so without holding the GIL, as it copies the weights: time for other work.
+    """
 
     load: Callable[[], MakeEngine]
     packages: tuple[str, ...]
     install: str
     code: Callable[[Artifact], str]
+    loads_slowly: bool
 
 
 _ENGINES = {
     "onnx": _Entry(
-        _import_onnxruntime, ("onnxruntime",), "pip install onnxruntime", lambda artifact: "model.onnx"
+        _import_onnxruntime,
+        ("onnxruntime",),
+        "pip install onnxruntime",
+        lambda artifact: "model.onnx",
+        loads_slowly=True,
     ),
     "tvm": _Entry(
         _import_tvm,
         ("tvm", "tvm_ffi", "tvm_ffi_orcjit"),
         "pip install 'rlxc[tvm]'",
         lambda artifact: choose_library(artifact).file,
+        loads_slowly=False,
     ),
 }
+
+
+def loads_slowly(artifact: Artifact) -> bool:
+    """Whether there is time for other work while the artifact's engine loads; :func:`find_engine` found one."""
+    return _ENGINES[artifact.manifest.target.backend].loads_slowly
 
 
 def find_engine(artifact: Artifact, verification: Verification) -> MakeEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from rlxc.artifact import Artifact, KvPlan
 from rlxc.errors import SessionError
 from rlxc.runtime.engines.residency import release_mapped
+from rlxc.runtime.logits import StepLogits
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -67,6 +69,7 @@ class OnnxRuntimeEngine:
             )
         self.vocab_size = manifest.model.vocab_size
         self.context = manifest.kv_cache.context
+        self.ticks = None
         self.max_step = manifest.kv_cache.max_step
         self._plan = manifest.kv_cache
         self._mask = np.ones((1, self.context), np.int64)
@@ -90,8 +93,13 @@ class OnnxRuntimeEngine:
         """Buffers for one sequence."""
         return OnnxCache(self._session, self._plan)
 
-    def step(self, cache: OnnxCache, ids: Int64s, rows: Int64s) -> Floats:
-        """Run tokens ``[S]`` after those that the cache holds; the logits of ``rows [R]``: ``f32 [R, vocab]``."""
+    def step(self, caches: Sequence[OnnxCache], ids: Int64s, rows: Int64s) -> StepLogits:
+        """Run tokens ``[B, S]`` after those that each cache holds, one sequence after the other."""
+        logits = [self._step(cache, tokens, rows) for cache, tokens in zip(caches, ids)]
+        return StepLogits(logits[0][None] if len(logits) == 1 else np.stack(logits))
+
+    def _step(self, cache: OnnxCache, ids: Int64s, rows: Int64s) -> Floats:
+        """Logits f32 ``[R, vocab]``."""
         total = cache.position + len(ids)
         binding = cache.binding
         binding.bind_cpu_input("input_ids", ids[None])

@@ -6,9 +6,9 @@ Nothing is linked: the loader places the object file in memory like a linker wou
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
+import json
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import tvm_ffi_orcjit
 
 from rlxc.artifact import Artifact, KvPlan
 from rlxc.dtypes import DType
-from rlxc.errors import SessionError
+from rlxc.errors import ArtifactError, SessionError
 from rlxc.runtime.cpu import choose_library
+from rlxc.runtime.engines.pool import pool_of
+from rlxc.runtime.logits import Floats, StepLogits, block_count
 
 Int64s = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 WEIGHTS = "weights.safetensors"
 _STEP = "rlxc_step"
@@ -49,6 +50,7 @@ class TvmEngine:
     """Runs an artifact's kernels on the CPU with this many threads.
 
     Raises:
+        ArtifactError: the weights file is not what it should be.
         SessionError: no library of the artifact is for this CPU, or it cannot be loaded.
     """
 
@@ -59,35 +61,44 @@ class TvmEngine:
         self.max_step = manifest.kv_cache.max_step
         self._plan = manifest.kv_cache
         library = choose_library(artifact)
-        _set_threads(threads)
+        self._threads = threads
+        pool_of(threads)
         self._weights = _map_tensors(artifact.file(WEIGHTS))
         self._workspace = np.frombuffer(mmap.mmap(-1, library.workspace), np.int8)
-        self._ticks = np.zeros(library.calls + 1, np.int64)
+        self.ticks: Int64s = np.zeros(library.calls + 1, np.int64)
         self._anchor = self._workspace[:1]
-        self._no_rows, self._no_logits = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        self._module = _load_object(artifact.file(library.file))
-        self._step = self._module.get_function(_STEP)
+        self._module, self._step = _load_object(artifact.file(library.file))
         self._fixed = [tvm_ffi.from_dlpack(array) for array in (self._weights, self._workspace, self._anchor)]
 
     def new_cache(self) -> TvmCache:
         """Memory for one sequence."""
         return TvmCache(self._plan)
 
-    def step(self, cache: TvmCache, ids: Int64s, rows: Int64s) -> Floats:
-        """Run tokens ``[S]`` after those that the cache holds; the logits of ``rows [R]``: ``f32 [R, vocab]``."""
-        logits = np.empty((len(rows), self.vocab_size), np.float32)
-        distance = cache.address - self._anchor.ctypes.data
-        tensors = (
-            np.array([distance], np.int64),
-            np.array([cache.position], np.int32),
-            ids,
-            rows if len(rows) else self._no_rows,
-            logits.reshape(-1) if len(rows) else self._no_logits,
-            self._ticks,
+    def step(self, caches: Sequence[TvmCache], ids: Int64s, rows: Int64s) -> StepLogits:
+        """Run tokens ``[B, S]`` after those that each cache holds, in one call."""
+        sequences, step = ids.shape
+        count, blocks, anchor = len(rows), block_count(self.vocab_size), self._anchor.ctypes.data
+        values, maxima, sums = (
+            _aligned(sequences, count, width) for width in (self.vocab_size, blocks, blocks)
         )
-        self._step(*self._fixed, *map(tvm_ffi.from_dlpack, tensors), 1, len(ids), len(rows))
-        cache.position += len(ids)
-        return logits
+        tensors: tuple[npt.NDArray[Any], ...] = (
+            np.array([cache.address - anchor for cache in caches], np.int64),
+            np.array([cache.position for cache in caches], np.int32),
+            ids.reshape(-1),
+            rows,
+            *(array.reshape(-1) for array in (values, maxima, sums)),
+            self.ticks,
+        )
+        # Without rows, nothing is written where there is no room; but a tensor must have an element.
+        passed = [tvm_ffi.from_dlpack(array if array.size else np.zeros(1, array.dtype)) for array in tensors]
+
+        def run() -> None:
+            self._step(*self._fixed, *passed, sequences, step, count)
+            for cache in caches:
+                cache.position += step
+
+        pool_of(self._threads).call(run)
+        return StepLogits(values, maxima, sums)
 
     def close(self) -> None:
         """Release the model's memory."""
@@ -98,29 +109,41 @@ def _align(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _load_runtime() -> None:
-    """Load TVM's runtime library, without TVM's Python package: that would take half a second, and 180 MB."""
-    package = importlib.util.find_spec("tvm")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("No module named 'tvm'", name="tvm")
-    ctypes.CDLL(str(Path(package.origin).parent / "lib" / "libtvm_runtime.so"), mode=ctypes.RTLD_GLOBAL)
-
-
-_load_runtime()
-
-
-def _set_threads(threads: int) -> None:
-    tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
+def _aligned(*shape: int) -> Floats:
+    """An array that begins where kernels may expect it to."""
+    size = 4 * int(np.prod(shape))
+    memory = np.empty(size + _ALIGNMENT, np.int8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(np.float32).reshape(shape)
 
 
 def _map_tensors(path: Path) -> npt.NDArray[np.int8]:
-    """The data of a safetensors file, mapped; changes, which nothing makes, would stay in this process."""
+    """The data of a safetensors file, mapped; changes, which nothing makes, would stay in this process.
+
+    The digest may not be compared yet, and kernels do not look where the data ends: so this does.
+    """
     with open(path, "rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(mapping[:8], "little")
+    try:
+        header = json.loads(mapping[8:start])
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        end = -1
+    if start + end != len(mapping):
+        raise ArtifactError("not a safetensors file", source=path, remedy="compile the model again")
     return np.frombuffer(mapping, np.int8, offset=start)
 
 
-def _load_object(path: Path) -> Any:
+def _load_object(path: Path) -> tuple[Any, Any]:
+    """The module of an object file, and its step function."""
+    # Neither constructors nor C++ are in it: no start-up code is needed, and no compiler is asked where its own is.
     session = tvm_ffi_orcjit.ExecutionSession(orc_rt=None)
-    return session.load_module(str(path), cxx="none")
+    try:
+        module = session.load_module(str(path), cxx="none")
+        return module, module.get_function(_STEP)
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0].rpartition("failed: ")[2]
+        raise SessionError(
+            f"cannot be loaded as machine code ({reason})", source=path, remedy="compile the model again"
+        ) from error

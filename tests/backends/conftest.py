@@ -1,10 +1,11 @@
-"""Graphs on random packed tensors, run through the ONNX backend and by the interpreter."""
+"""Graphs on random packed tensors, run through a backend and by the interpreter."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +16,24 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from rlxc.backends import BuildOptions
+from rlxc.artifact import (
+    Artifact,
+    ArtifactWriter,
+    BackendName,
+    KvLayer,
+    KvPlan,
+    Manifest,
+    ModelFacts,
+    Options,
+    TargetFacts,
+    TokenizerFacts,
+)
+from rlxc.backends import BuildOptions, get_backend
 from rlxc.backends.onnx import OnnxBackend
+from rlxc.dtypes import DType
 from rlxc.ir import Graph, interp, parse
+from rlxc.ir.ops import GroupQueryAttention
+from rlxc.runtime.engines import Engine, find_engine
 
 # What the tests of all backends share lies beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -119,3 +135,94 @@ def build(tmp_path: Path) -> Build:
         return built
 
     return build_
+
+
+# --- both backends ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A graph with the inputs and outputs of a model, built by a backend and loaded by its engine."""
+
+    graph: Graph
+    tensors: RandomTensors
+    artifact: Artifact
+    engine: Engine[Any]
+
+    def step(self, cache: Any, ids: Sequence[int], rows: Sequence[int] | None = None) -> Array:
+        """The logits of these rows, of all by default."""
+        return self.step_together([cache], [ids], rows)[0]
+
+    def step_together(
+        self, caches: Sequence[Any], ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None
+    ) -> Array:
+        """The logits ``[B, R, vocab]`` of a step of several sequences."""
+        wanted = np.arange(len(ids[0])) if rows is None else np.array(rows, np.int64)
+        return self.engine.step(caches, np.array(ids, np.int64), wanted).values
+
+    def run(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> Array:
+        """The logits of a sequence's first tokens."""
+        return self.step(self.engine.new_cache(), ids, rows)
+
+    def interpret(self, ids: Sequence[int]) -> Array:
+        """The oracle's logits of a sequence's first tokens."""
+        feeds: dict[str, Array] = {"input_ids": np.array([ids]), "logit_rows": np.arange(len(ids))}
+        for value in self.graph.inputs:
+            if len(value.type.shape) == 4:
+                feeds[value.name] = np.zeros((1, *map(int, value.type.shape[1:])), np.float32)
+        feeds["past_length"] = np.array(0, np.int32)
+        feeds = {value.name: feeds[value.name] for value in self.graph.inputs}
+        return interp.run(self.graph, feeds, self.tensors.decoded.__getitem__)["logits"][0]
+
+
+Load = Callable[..., Loaded]
+
+
+@pytest.fixture(scope="session")
+def load_graph(backend: BackendName, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    """``load_graph(ir_text, activations="float32")``, once on each backend, with steps of up to 16 tokens."""
+    folder = tmp_path_factory.mktemp("graphs")
+    loaded: list[Loaded] = []
+
+    @cache
+    def load(text: str, activations: Any = "float32") -> Loaded:
+        graph, made = parse(text), get_backend(backend)
+        plan = _plan(graph)
+        tensors = RandomTensors(graph, seed=0)
+        options = BuildOptions(activations, plan.context, plan.max_step, target="native")
+        with ArtifactWriter(folder / f"{len(loaded)}.rlx") as writer:
+            read = tensors.packed.__getitem__
+            libraries = made.build(graph, read, writer, options, lambda name: None)
+            vocab = int(graph.types["logits"].shape[-1])
+            manifest = Manifest(
+                rlxc="0.1.0",
+                model=ModelFacts("graph", "random", "0" * 64, len(plan.layers), vocab, plan.context),
+                target=TargetFacts(made.name, made.runs_on, libraries),
+                options=Options(activations, plan.context),
+                kv_cache=plan,
+                tokenizer=TokenizerFacts(None, (), add_bos=False, add_eos=False),
+                weights=(),
+            )
+            artifact = writer.commit(manifest)
+        engine = find_engine(artifact, artifact.start_verification())(artifact, 1)
+        loaded.append(Loaded(graph, tensors, artifact, engine))
+        return loaded[-1]
+
+    yield load
+    for one in loaded:
+        one.engine.close()
+
+
+def _plan(graph: Graph) -> KvPlan:
+    layers = []
+    for node in graph.nodes:
+        if isinstance(node.op, GroupQueryAttention):
+            type_ = graph.types[node.inputs[3]]
+            heads, capacity, dim = map(int, type_.shape[1:])
+            size = 2 * heads * dim * (4 if type_.dtype is DType.F32 else 2)
+            op = node.op
+            layers.append(
+                KvLayer(len(layers), op.layout, capacity, op.window, heads, dim, type_.dtype, size)  # type: ignore[arg-type]
+            )
+    context = max(layer.capacity for layer in layers)
+    return KvPlan(context, 16, sum(layer.bytes_per_token for layer in layers), tuple(layers))

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from rlxc.artifact import Artifact
+
+
+@pytest.fixture
+def gemma_artifact(compile_gemma: Callable[[str, str], Path]) -> Path:
+    return compile_gemma("onnx", "int8")
 
 
 def test_config_describes_the_caches_as_they_were_planned(gemma_artifact: Path) -> None:

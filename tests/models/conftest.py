@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import rlxc
+from rlxc.artifact import BackendName
+from rlxc.dtypes import DType
 from rlxc.weights.gguf import open_gguf
 
 # What the tests share lies beside them; the script that makes the reference data uses it too, without pytest.
@@ -37,16 +40,23 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def tiny_artifact(
-    tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    backend: BackendName, tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """``tiny_artifact(variant, activations, max_step=16)``: its artifact, compiled once, with rings of a few rows."""
+    """``tiny_artifact(variant, activations, max_step=16)``: its artifact, compiled once, with rings of a few rows.
+
+    With float32 activations, caches are f32 too: rounding them to f16 would hide mistakes a hundred times as large.
+    """
     folder = tmp_path_factory.mktemp("tiny-artifacts")
 
     def compiled(name: str, activations: str, max_step: int = 16) -> Path:
         path = folder / f"{name}-{activations}-{max_step}.rlx"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rlxc.compiler.MAX_STEP", max_step)
-            rlxc.compile(tiny_gguf(name), path, activations=activations)
+            if backend == "tvm" and activations == "float32":
+                from rlxc.backends.tvm import TvmBackend
+
+                patch.setattr(TvmBackend, "features", replace(TvmBackend.features, cache_dtype=DType.F32))
+            rlxc.compile(tiny_gguf(name), path, backend=backend, activations=activations)
         return path
 
     return cache(compiled)

@@ -17,9 +17,9 @@ from rlxc.ir.ops import Attention
 Open = Callable[[str], OpenModel]
 Compile = Callable[..., Path]
 
-LONG = [1, *np.random.RandomState(1).randint(3, VOCAB, 59).tolist()]
-CHUNKS = [5, 1, 7, 1, 1, 13, 1, 1, 1, 11, 1, 17]
-"""Odd steps and single ones, one longer than the engine takes at once; together they fill a ring of 24 twice."""
+LONG = [1, *np.random.RandomState(1).randint(3, VOCAB, 73).tolist()]
+CHUNKS = [5, 1, 7, 1, 1, 13, 1, 1, 1, 11, 1, 17, 1, 13]
+"""Odd steps and single ones, one longer than the engine takes at once; together they fill a ring of 32 twice."""
 
 
 def test_result_shapes(variant: str, open_tiny: Open) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import rlxc
 from rlxc.artifact import (
     Artifact,
     ArtifactWriter,
+    BackendName,
     KvLayer,
     KvPlan,
     Manifest,
@@ -27,6 +29,7 @@ from rlxc.artifact import (
 from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.dtypes import DType
 from rlxc.runtime import Session
+from rlxc.runtime.logits import StepLogits
 from rlxc.runtime.tokenizer import Tokenizer
 
 BOS, EOS, FIRST_BYTE = 0, 1, 2
@@ -101,7 +104,7 @@ class FakeEngine:
     the whole history seeds.
     """
 
-    vocab_size, context, max_step = VOCAB, CONTEXT, MAX_STEP
+    vocab_size, context, max_step, ticks = VOCAB, CONTEXT, MAX_STEP, None
 
     def __init__(self, script: Sequence[int] = ()) -> None:
         self.script = script
@@ -118,19 +121,20 @@ class FakeEngine:
         return FakeCache()
 
     def step(
-        self, cache: FakeCache, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
+        self, caches: Sequence[FakeCache], ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> StepLogits:
         assert not self.closed
         assert ids.dtype == rows.dtype == np.int64
         assert ids.flags.c_contiguous
-        assert 1 <= len(ids) <= MAX_STEP
-        assert cache.position + len(ids) <= CONTEXT
-        assert all(0 <= token < VOCAB for token in ids)
-        assert all(0 <= row < len(ids) for row in rows)
-        wanted = [self.logits(cache.ids + ids[: row + 1].tolist()) for row in rows]
-        self.steps.append(len(ids))
-        cache.ids.extend(ids.tolist())
-        return np.stack(wanted) if wanted else np.empty((0, VOCAB), np.float32)
+        assert 1 <= ids.size <= MAX_STEP
+        (cache,), (tokens,) = caches, ids
+        assert cache.position + len(tokens) <= CONTEXT
+        assert all(0 <= token < VOCAB for token in tokens)
+        assert all(0 <= row < len(tokens) for row in rows)
+        wanted = [self.logits(cache.ids + tokens[: row + 1].tolist()) for row in rows]
+        self.steps.append(len(tokens))
+        cache.ids.extend(tokens.tolist())
+        return StepLogits(np.array(wanted, np.float32).reshape(1, -1, VOCAB))
 
     def close(self) -> None:
         self.closed = True
@@ -154,15 +158,44 @@ def open_session(make_artifact: Callable[..., Artifact]) -> Iterator[Callable[..
 
     def open_it(engine: Any = None, artifact: Artifact | None = None) -> Session:
         artifact = artifact or make_artifact(f"{len(opened)}.rlx")
-        tokenizer: Future[Tokenizer] = Future()
-        tokenizer.set_result(Tokenizer(artifact.file("tokenizer.json"), bos_id=BOS, eos_ids=(EOS,)))
-        session = Session(artifact, engine or FakeEngine(), artifact.start_verification(), tokenizer)
+        path = artifact.file("tokenizer.json")
+        session = Session(
+            artifact,
+            engine or FakeEngine(),
+            artifact.start_verification(),
+            lambda: Tokenizer(path, bos_id=BOS, eos_ids=(EOS,)),
+        )
         opened.append(session)
         return session
 
     yield open_it
     for session in opened:
         session.close()
+
+
+CompileTiny = Callable[[BackendName], Path]
+
+
+@pytest.fixture(scope="session")
+def compile_tiny(tmp_path_factory: pytest.TempPathFactory) -> CompileTiny:
+    """``compile_tiny(backend)``: the artifact of a tiny Gemma 3 with ring caches, compiled once."""
+    tiny = runpy.run_path(str(Path(__file__).parents[1] / "models" / "tiny.py"))
+    folder = tmp_path_factory.mktemp("tiny")
+    model = tiny["VARIANTS"]["gemma3-window"].write(folder / "model.gguf")
+
+    def compile_(backend: BackendName) -> Path:
+        path = folder / f"{backend}.rlx"
+        if not path.exists():
+            rlxc.compile(model, path, backend=backend)
+        return path
+
+    return compile_
+
+
+@pytest.fixture
+def tvm_artifact(compile_tiny: CompileTiny) -> Path:
+    pytest.importorskip("tvm")
+    return compile_tiny("tvm")
 
 
 @pytest.fixture

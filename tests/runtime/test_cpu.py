@@ -16,9 +16,9 @@ from rlxc.errors import SessionError
 from rlxc.runtime.cpu import choose_library
 
 LIBRARIES = (
-    Library("model.fast.o", "fast", "x86_64", ("avx2", "avx512f", "avx512_vnni"), 64, 1),
-    Library("model.arm.o", "arm", "aarch64", ("asimddp",), 64, 1),
-    Library("model.good.o", "good", "x86_64", ("avx2",), 64, 1),
+    Library("model.fast.o", "fast", "x86_64", ("avx2", "avx512f", "avx512_vnni"), 64, 1, 0, 0),
+    Library("model.arm.o", "arm", "aarch64", ("asimddp",), 64, 1, 0, 0),
+    Library("model.good.o", "good", "x86_64", ("avx2",), 64, 1, 0, 0),
 )
 
 

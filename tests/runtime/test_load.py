@@ -59,8 +59,9 @@ def test_other_missing_module_is_not_taken_for_the_engine_s(
 
 def test_artifact_for_an_unknown_backend_is_refused(make_artifact: MakeArtifact) -> None:
     plain = make_artifact()
-    other = make_artifact("tvm.rlx", manifest=replace(plain.manifest, target=TargetFacts("tvm", "x86-64-v4")))
-    with pytest.raises(SessionError, match="compiled for 'tvm', which this rlxc cannot run; upgrade"):
+    target = TargetFacts("abacus", "abacus>=1.0")
+    other = make_artifact("abacus.rlx", manifest=replace(plain.manifest, target=target))
+    with pytest.raises(SessionError, match="compiled for 'abacus', which this rlxc cannot run; upgrade"):
         load(other.path)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,9 @@ from rlxc.dtypes import DType
 from rlxc.ir import Graph, Source
 from rlxc.ir.target import TargetFeatures
 
+KERNELS = "kernels.json"
+"""The artifact's file that lists the calls of each library, for profiles."""
+
 TUNING = "tuning.json"
 """The artifact's file that says which of its kernels can be tuned."""
 
@@ -29,7 +34,7 @@ _PACKED = [dtype for dtype in DType if dtype.is_packed]
 
 
 class TvmBackend:
-    """Writes ``weights.safetensors``, and ``model.TARGET.o`` for each target."""
+    """Writes ``weights.safetensors``, ``model.TARGET.o`` for each target, and what kernels each one calls."""
 
     name = "tvm"
     runs_on = "apache-tvm>=0.27"
@@ -65,11 +70,20 @@ class TvmBackend:
         known = _Known(Database(shipped_folder(), user_folder()))
         targets = find_targets(options.target)
         programs = [_lower(graph, weights, target, read, options, known.best(target)) for target in targets]
-        libraries = tuple(_write_library(*pair, known, writer) for pair in zip(programs, targets))
+        pairs = tuple(zip(programs, targets))
+        # Kernels are compiled while weights are written: each takes one thread.
+        with ThreadPoolExecutor(1, thread_name_prefix="rlxc-kernels") as pool:
+            objects = [pool.submit(_compile, *pair) for pair in pairs]
+            with writer.file("weights.safetensors") as sink:
+                weights.write(read, sink, progress)
+            libraries = tuple(
+                _write_library(*pair, code.result(), known, writer) for pair, code in zip(pairs, objects)
+            )
+        calls = {library.file: program.facts() for library, program in zip(libraries, programs)}
+        with writer.file(KERNELS) as sink:
+            sink.write((json.dumps(calls, indent=1) + "\n").encode())
         with writer.file(TUNING) as sink:
             sink.write(write_entries(programs[0].entries))
-        with writer.file("weights.safetensors") as sink:
-            weights.write(read, sink, progress)
         return libraries
 
     def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
@@ -126,18 +140,23 @@ def tuning_problems(graph: Graph, target: CpuTarget, read: ReadBytes, options: B
     return [entry.problem(target) for entry in program.entries]
 
 
-def _write_library(program: Program, target: CpuTarget, known: _Known, writer: ArtifactWriter) -> Library:
-    workspace = plan_workspace(program)
+def _compile(program: Program, target: CpuTarget) -> bytes:
+    return build_object(build_module(program, plan_workspace(program), target), target)
+
+
+def _write_library(
+    program: Program, target: CpuTarget, code: bytes, known: _Known, writer: ArtifactWriter
+) -> Library:
     name = f"model.{target.name}.o"
     with writer.file(name) as sink:
-        sink.write(build_object(build_module(program, workspace, target), target))
+        sink.write(code)
     found = known.found[target.name]
     return Library(
         file=name,
         target=target.name,
         machine=target.machine,
         needs=target.needs,
-        workspace=workspace.nbytes,
+        workspace=plan_workspace(program).nbytes,
         calls=len(program.calls),
         problems=len(found),
         tuned=sum(found.values()),

@@ -36,8 +36,9 @@ STEP = "rlxc_step"
 
 weights int8 (the data of the weights file); workspace int8; anchor int8 (one byte that cache addresses count from);
 caches int64 ``[sequences]`` (each one's distance from the anchor in bytes); past int32 ``[sequences]``; ids int64
-``[sequences * step]``; logit_rows int64 ``[rows]``; logits f32 ``[sequences * rows * vocab]``; ticks int64
-``[calls + 1]`` (when each call began, and the last one ended, in ticks of the CPU's clock); sequences; step; rows.
+``[sequences * step]``; logit_rows int64 ``[rows]``; logits f32 ``[sequences * rows * vocab]``; maxima and sums f32
+``[sequences * rows * blocks]`` (of every 64 logits); ticks int64 ``[calls + 1]`` (when each call began, and the last
+one ended, in ticks of the CPU's clock); sequences; step; rows. Tensors of f32 begin at multiples of 64 bytes.
 """
 
 _TENSORS = {
@@ -49,6 +50,8 @@ _TENSORS = {
     "ids": "int64",
     "logit_rows": "int64",
     "logits": "float32",
+    "maxima": "float32",
+    "sums": "float32",
     "ticks": "int64",
 }
 

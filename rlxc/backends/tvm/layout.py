@@ -159,14 +159,21 @@ class PackedLayout(_Layout):
         words = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
         if self.planes == (8,):
             return words
-        packed = np.zeros((tiles, self.blocks, self.bits, TILE), np.uint32)
+        packed = np.empty((tiles, self.blocks, self.bits, TILE), np.uint32)
         first = low = 0
         for width in self.planes:
+            plane = packed[:, :, first : first + width]
             mask = np.uint32(((1 << width) - 1) * 0x01010101)
-            for group in range(GROUPS):
-                part = words[:, :, group] >> np.uint32(low) & mask
-                part <<= np.uint32(group // width * width)
-                packed[:, :, first + group % width] |= part
+            for shift in range(0, GROUPS, width):
+                part = words[:, :, shift : shift + width]
+                if low:
+                    part = part >> np.uint32(low)
+                if low + width < self.bits:
+                    part = part & mask
+                if shift:
+                    plane |= part << np.uint32(shift)
+                else:
+                    plane[...] = part
             first += width
             low += width
         return packed

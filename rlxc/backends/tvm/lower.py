@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.backends.tvm.families import Entry, attention_workspace
-from rlxc.backends.tvm.kernels import cache, embed, rope, rowwise, select
+from rlxc.backends.tvm.kernels import cache, embed, rope, rowwise, select, summarise
 from rlxc.backends.tvm.kernels.activations import QuantisedRow
 from rlxc.backends.tvm.kernels.cache import CacheShape
 from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs
@@ -71,12 +71,19 @@ def lower(
         find_knobs: chooses kernels' knobs.
 
     Raises:
-        UnsupportedError: an op has no kernel.
+        UnsupportedError: an op has no kernel, or something else than a matrix product makes the logits.
     """
+    last = graph.producer.get("logits")
+    if last is None or not isinstance(last.op, ops.MatMul | ops.DequantMatMul):
+        made = f"by {last.op.name}" if last else "by nothing"
+        raise UnsupportedError(
+            f"the tvm backend writes logits as a matrix product makes them, here they are made {made}"
+        )
     to = _Lowering(graph, weights, target, int8, most_tokens, read_floats, find_knobs)
     for node in graph.nodes:
         to.node(node)
     to.flush()
+    to.summarise_logits()
     entries = tuple(entry.times(count) for entry, count in to.entries.values())
     return Program(tuple(to.calls), tuple(to.buffers), most_tokens, entries)
 
@@ -175,7 +182,7 @@ class _Lowering:
         _, table = node.inputs
         stored = self.weights.stored[table]
         assert stored.layout is not None
-        out = self._new(node.outputs[0])
+        out = self._new(node.outputs[0], stride=stored.layout.columns)
         self._call(
             embed.embed_kernel(stored.layout), (InWeights(stored.offset), "ids", out.argument, "tokens")
         )
@@ -208,7 +215,7 @@ class _Lowering:
     def _select(self, node: Node) -> None:
         x, _ = node.inputs
         place = self._place(x)
-        out = self._new(node.outputs[0])
+        out = self._new(node.outputs[0], stride=place.width)
         arguments: tuple[Argument, ...] = (
             place.argument,
             "logit_rows",
@@ -285,6 +292,11 @@ class _Lowering:
                 knobs.update({name: value for name, value in best.items() if value != problem.space[0][name]})
             self._tuned_kernels[entries[0].key] = problems[0].make(knobs)
         return self._tuned_kernels[entries[0].key]
+
+    def summarise_logits(self) -> None:
+        """Spare whoever chooses a token from looking at all of them."""
+        kernel = summarise.summarise_kernel(self.vectors, self._width("logits"))
+        self._call(kernel, ("logits", "maxima", "sums", "rows"), "rows")
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -397,13 +409,14 @@ class _Lowering:
     def _weight(self, name: str) -> Argument:
         return InWeights(self.weights.stored[name].offset)
 
-    def _new(self, name: str) -> _Place:
-        """A place for a value's rows."""
+    def _new(self, name: str, *, stride: int | None = None) -> _Place:
+        """A place for a value's rows, on cache lines unless the kernel that makes them has a stride of its own."""
         width = self._width(name)
-        buffer = self._new_buffer(align(4 * width))
+        stride = stride or align(4 * width) // 4
+        buffer = self._new_buffer(4 * stride)
         type_ = self.graph.types[name]
         amount: Amount = "rows" if type_.shape[1] == "rows" else "tokens"
-        self._places[name] = _Place(buffer.buffer, 0, align(4 * width) // 4, width, amount)
+        self._places[name] = _Place(buffer.buffer, 0, stride, width, amount)
         return self._places[name]
 
     def _new_buffer(self, row_bytes: int) -> InWorkspace:

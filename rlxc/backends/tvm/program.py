@@ -16,7 +16,7 @@ Amount = Literal["tokens", "rows"]
 Counter = Literal["sequences", "step", "tokens", "rows", "rows_per_sequence"]
 """A number that a call is given."""
 
-Tensor = Literal["ids", "past", "caches", "logit_rows", "logits"]
+Tensor = Literal["ids", "past", "caches", "logit_rows", "logits", "maxima", "sums"]
 """A tensor that the caller passes."""
 
 
@@ -77,6 +77,18 @@ class Program:
     def kernels(self) -> tuple[Kernel, ...]:
         """Every kernel once, in order of first use."""
         return tuple({call.kernel.name: call.kernel for call in self.calls}.values())
+
+    def facts(self) -> list[dict[str, str | int]]:
+        """What a profiler wants to know of each call, in order: plain data, with :class:`Call`'s names."""
+        return [
+            {
+                "kernel": call.kernel.name,
+                "amount": call.amount,
+                "bytes_read": call.bytes_read,
+                "multiplications": call.multiplications,
+            }
+            for call in self.calls
+        ]
 
 
 @dataclass(frozen=True)

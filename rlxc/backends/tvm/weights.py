@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +20,13 @@ from rlxc.weights.formats import FORMATS
 ReadBytes = Callable[[str], Bytes]
 """Gives the bytes of a tensor of the model file."""
 
-_CHUNK_BYTES = 1 << 21
+_CHUNK_BYTES = 1 << 18
 """Bytes of the model file that are rearranged at a time: large enough for numpy, small enough for the cache."""
+
+_CHUNKS_AHEAD = 4
+"""How many chunks may be rearranged before they are written."""
+
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -66,7 +73,7 @@ class WeightsFile:
         """Write the file, tensor by tensor; ``progress`` is told each weight's name when it is written."""
         sink.write(self._header())
         for weight in self.graph.weights:
-            for part in _sections(weight, self.stored[weight.name], read):
+            for part in _ahead(_sections(weight, self.stored[weight.name], read)):
                 sink.write(part)
             sink.align(64)
             progress(weight.name)
@@ -132,6 +139,19 @@ def _sections(weight: Weight, stored: Stored, read: ReadBytes) -> Iterator[npt.N
         for array in later[name]:
             yield array
             position += array.nbytes
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, made in another thread while earlier ones are in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="rlxc-weights") as pool:
+        coming: deque[Future[T | None]] = deque()
+        while True:
+            while len(coming) < _CHUNKS_AHEAD:
+                coming.append(pool.submit(next, items, None))
+            item = coming.popleft().result()
+            if item is None:
+                return
+            yield item
 
 
 def _rows(weight: Weight, read: ReadBytes) -> Iterator[Bytes]:

@@ -1,8 +1,8 @@
 """``y = x W^T + bias`` with a packed weight and int8 activations.
 
-The weight's codes are multiplied as they are, four at a time, and never unpacked to memory. A task takes ``tiles``
-tiles of 16 rows and multiplies them with all tokens, ``tokens`` at a time, so that every weight is read from memory
-once. With centre ``c``, sub-blocks ``s``, activation scale ``a``:
+The weight's codes are multiplied as they are, four at a time. A task takes a tile of 16 rows and multiplies it with all
+tokens, some at a time, so that every weight is read from memory once; where that makes many passes, the tile's codes
+are unpacked before. With centre ``c``, sub-blocks ``s``, activation scale ``a``:
 
     y = sum_s  scale_s a_s (codes_s . int8_s - c sum(int8_s))  +  sum_s (c scale_s - minimum_s) sum(x_s)
 
@@ -11,9 +11,11 @@ The second sum is there for formats with minimums only; in others the centre is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.tirx import Cast
+from tvm.tirx.script.builder import ir as T
 
 from rlxc.backends.tvm.kernels.activations import QuantisedRow
 from rlxc.backends.tvm.kernels.kernel import (
@@ -26,6 +28,7 @@ from rlxc.backends.tvm.kernels.kernel import (
     Register,
     bind,
     for_tokens,
+    local,
     parallel,
     serial,
     view,
@@ -35,8 +38,11 @@ from rlxc.backends.tvm.kernels.tiles import TileReader, groups_of
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
 
-FEW = 2
+FEW = 8
 """Tokens up to which reading weights takes longer than multiplying them."""
+
+# From so many passes over a tile on, its codes are unpacked for all of them, into the first-level cache.
+_PASSES = 3
 
 
 def matmul_kernel(
@@ -51,17 +57,26 @@ def matmul_kernel(
     one; the output, f32 ``[tokens, rows]`` with the stride of ``output``; the number of tokens.
     """
     row = QuantisedRow.of(layout, vectors)
+    at_once = knobs["tokens"]
 
     def body(weight: Buffer, activations: Buffer, *rest: Buffer) -> None:
-        bias_buffer = rest[0] if bias else None
+        biases = rest[0] if bias else None
         out, count = rest[-2:]
         ints, floats = view(activations, "int32"), view(activations, "float32")
-        product = _Product(
-            vectors, knobs["prefetch"], layout, row, weight, ints, floats, bias_buffer, out, output
-        )
+        product = _Product(vectors, layout, row, ints, floats, biases, out, output)
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
-            for_tokens(count, knobs["tokens"], lambda tokens, start: product.emit(tile, tokens, start))
+            for first in range(0, TILE, vectors.lanes):
+                packed = _Packed(TileReader(vectors, layout, weight, tile, first), knobs["prefetch"])
+
+                def multiply(source: _Packed | _Unpacked, first: int = first) -> None:
+                    for_tokens(count, at_once, lambda n, start: product.emit(source, tile, first, n, start))
+
+                with T.If(count >= _PASSES * at_once):
+                    with T.Then():
+                        multiply(_Unpacked(vectors, layout, packed))
+                    with T.Else():
+                        multiply(packed)
 
     params = [Pointer("weight", "int8"), Pointer("activations", "int8")]
     if bias:
@@ -71,81 +86,137 @@ def matmul_kernel(
 
 
 @dataclass(frozen=True)
+class _SubBlock:
+    """A sub-block of some rows: its codes by group, its scale, and what multiplies the sum of x, if anything does."""
+
+    block: Expr
+    index: Expr
+    groups: range
+    codes: Callable[[int], Expr]
+    scale: Expr
+    rest: Expr | None
+
+
+class _Packed:
+    """A weight's rows as they lie in memory."""
+
+    def __init__(self, reader: TileReader, prefetch: int) -> None:
+        self._reader, self._prefetch = reader, prefetch
+
+    def walk(self, tokens: int, visit: Callable[[_SubBlock], None]) -> None:
+        """Visit all sub-blocks in order, on behalf of so many tokens."""
+        reader, layout = self._reader, self._reader.layout
+        format = layout.format
+        per_scale, parts = format.block_size // BLOCK, BLOCK // format.sub_block
+        with serial(layout.blocks // per_scale) as super_block:
+            scale = bind(reader.scale(super_block))
+            minimum = bind(reader.minimum(super_block)) if format.has_mins else None
+            with serial(per_scale) as index:
+                block = bind(super_block * per_scale + index)
+                if tokens <= FEW and self._prefetch:
+                    reader.prefetch(block, self._prefetch)
+                for part in range(parts):
+                    visit(self._sub_block(block, part, bind(block * parts + part), scale, minimum))
+
+    def _sub_block(self, block: Expr, part: int, index: Expr, scale: Expr, minimum: Expr | None) -> _SubBlock:
+        reader, layout = self._reader, self._reader.layout
+        if layout.has_factors:
+            scale = bind(scale * reader.scale_factor(index))
+        rest = None
+        if minimum is not None:
+            if layout.has_factors:
+                minimum = minimum * reader.minimum_factor(index)
+            rest = bind(scale * reader.vectors.splat(float(layout.centre)) - minimum)
+        groups = groups_of(layout.format.sub_block, part)
+        return _SubBlock(block, index, groups, lambda group: bind(reader.codes(block, group)), scale, rest)
+
+
+class _Unpacked:
+    """The same rows, with each code in a byte and each scale in an f32, unpacked once for many tokens."""
+
+    def __init__(self, vectors: Vectors, layout: PackedLayout, packed: _Packed) -> None:
+        """Unpacks the rows."""
+        self._vectors, self._layout = vectors, layout
+        sub_blocks = layout.columns // layout.format.sub_block
+        self._codes = local(layout.columns * vectors.lanes, "int8")
+        self._scales = local(sub_blocks * vectors.lanes, "float32")
+        self._rests = local(sub_blocks * vectors.lanes, "float32") if layout.format.has_mins else None
+
+        def unpack(part: _SubBlock) -> None:
+            for group in part.groups:
+                vectors.store_bytes(self._codes, self._place(part.block, group), part.codes(group))
+            vectors.store(self._scales, part.index * vectors.lanes, part.scale)
+            if self._rests is not None:
+                vectors.store(self._rests, part.index * vectors.lanes, part.rest)
+
+        packed.walk(FEW, unpack)
+
+    def walk(self, tokens: int, visit: Callable[[_SubBlock], None]) -> None:
+        """As :meth:`_Packed.walk`."""
+        vectors = self._vectors
+        parts = BLOCK // self._layout.format.sub_block
+        with serial(self._layout.blocks) as block:
+            for part in range(parts):
+                index = bind(block * parts + part)
+                rest = None
+                if self._rests is not None:
+                    rest = bind(vectors.load(self._rests, index * vectors.lanes))
+                scale = bind(vectors.load(self._scales, index * vectors.lanes))
+
+                def codes(group: int) -> Expr:
+                    return bind(vectors.load_bytes(self._codes, self._place(block, group)))
+
+                groups = groups_of(self._layout.format.sub_block, part)
+                visit(_SubBlock(block, index, groups, codes, scale, rest))
+
+    def _place(self, block: Expr, group: int) -> Expr:
+        return (block * GROUPS + group) * (4 * self._vectors.lanes)
+
+
+@dataclass(frozen=True)
 class _Product:
-    """The buffers of one product; emits the code for a tile and some tokens."""
+    """The buffers of one product; emits the code for some rows and some tokens."""
 
     vectors: Vectors
-    prefetch: int
     layout: PackedLayout
     row: QuantisedRow
-    weight: Buffer
     ints: Buffer
     floats: Buffer
     bias: Buffer | None
     out: Buffer
     output: OutputRows
 
-    def emit(self, tile: Expr, tokens: int, start: Expr) -> None:
-        """All rows of the tile, times ``tokens`` tokens from ``start`` on."""
+    def emit(self, source: _Packed | _Unpacked, tile: Expr, first: int, tokens: int, start: Expr) -> None:
+        """The tile's rows from ``first`` on, as ``source`` has them, times ``tokens`` tokens from ``start`` on."""
         vectors = self.vectors
         rows = [bind((start + token) * self.row.stride) for token in range(tokens)]
-        for first in range(0, TILE, vectors.lanes):
-            reader = TileReader(vectors, self.layout, self.weight, tile, first)
-            sums = [Register(vectors.lanes, vectors.splat(0.0)) for _ in range(tokens)]
-            self._accumulate(reader, sums, rows)
-            if self.bias is not None:
-                biases = bind(vectors.load(self.bias, tile * TILE + first))
-                for total in sums:
-                    total.set(total.get() + biases)
-            for token, total in enumerate(sums):
-                self.output.store(vectors, self.out, start + token, tile, first, total)
+        sums = [Register(vectors.lanes, vectors.splat(0.0)) for _ in range(tokens)]
+        source.walk(tokens, lambda part: self._add(part, sums, rows))
+        if self.bias is not None:
+            biases = bind(vectors.load(self.bias, tile * TILE + first))
+            for total in sums:
+                total.set(total.get() + biases)
+        for token, total in enumerate(sums):
+            self.output.store(vectors, self.out, start + token, tile, first, total)
 
-    def _accumulate(self, reader: TileReader, sums: list[Register], rows: list[Expr]) -> None:
-        """Add all columns to the sums."""
-        format = self.layout.format
-        per_scale = format.block_size // BLOCK
-        with serial(self.row.blocks // per_scale) as super_block:
-            scale = bind(reader.scale(super_block))
-            minimum = bind(reader.minimum(super_block)) if format.has_mins else None
-            with serial(per_scale) as index:
-                block = bind(super_block * per_scale + index)
-                if len(rows) <= FEW and self.prefetch:
-                    reader.prefetch(block, self.prefetch)
-                for part in range(BLOCK // self.row.sub_block):
-                    self._sub_block(reader, sums, rows, block, part, scale, minimum)
-
-    def _sub_block(
-        self,
-        reader: TileReader,
-        sums: list[Register],
-        rows: list[Expr],
-        block: Expr,
-        part: int,
-        scale: Expr,
-        minimum: Expr | None,
-    ) -> None:
-        """Add the ``part``-th sub-block of a block of 32 columns."""
-        vectors, row, layout = self.vectors, self.row, self.layout
+    def _add(self, part: _SubBlock, sums: list[Register], rows: list[Expr]) -> None:
+        """Add a sub-block to the sums; ``rows`` are where the tokens' activations begin."""
+        vectors, row = self.vectors, self.row
         ints, floats = self.ints, self.floats
-        sub_block = bind(block * (BLOCK // row.sub_block) + part)
         dots = [
-            Register(vectors.lanes, vectors.splat(ints[(at + row.starts) // 4 + sub_block]), "int32")
+            Register(vectors.lanes, vectors.splat(ints[(at + row.starts) // 4 + part.index]), "int32")
             for at in rows
         ]
-        for group in groups_of(row.sub_block, part):
-            codes = bind(reader.codes(block, group))
+        for group in part.groups:
+            codes = part.codes(group)
             for at, dot in zip(rows, dots):
-                word = ints[at // 4 + block * GROUPS + group]
-                dot.set(vectors.dot(dot.get(), codes, word, layout.max_code))
-        if layout.has_factors:
-            scale = bind(scale * reader.scale_factor(sub_block))
+                word = ints[at // 4 + part.block * GROUPS + group]
+                dot.set(vectors.dot(dot.get(), codes, word, self.layout.max_code))
         for at, dot, total in zip(rows, dots, sums):
-            activation_scale = vectors.splat(floats[(at + row.scales) // 4 + block])
-            total.set(vectors.fma(vectors.floats(dot.get()), scale * activation_scale, total.get()))
-        if minimum is None:
+            scale = part.scale * vectors.splat(floats[(at + row.scales) // 4 + part.block])
+            total.set(vectors.fma(vectors.floats(dot.get()), scale, total.get()))
+        if part.rest is None:
             return
-        if layout.has_factors:
-            minimum = minimum * reader.minimum_factor(sub_block)
-        rest = bind(scale * vectors.splat(float(layout.centre)) - minimum)
         for at, total in zip(rows, sums):
-            total.set(vectors.fma(rest, vectors.splat(floats[(at + row.sums) // 4 + sub_block]), total.get()))
+            sum_x = vectors.splat(floats[(at + row.sums) // 4 + part.index])
+            total.set(vectors.fma(part.rest, sum_x, total.get()))

@@ -34,6 +34,10 @@ from rlxc.errors import UnsupportedError
 from rlxc.ir import ops
 
 
+_LEAST = 1e-36
+"""Blocks of smaller numbers are rounded to zero: 127 divided by them would not be finite."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of f32: ``width`` numbers, ``stride`` from one token to the next (0: the same for all tokens)."""
@@ -195,6 +199,11 @@ def supports(op: ops.Op) -> bool:
 
 
 def _elementwise(vectors: Vectors, args: list[Any], out: _Place, function: Callable[..., Expr]) -> None:
+    if out.width == 1:
+        values = [vectors.splat(arg if isinstance(arg, float) else arg.buffer[arg.start]) for arg in args]
+        value = math.lanes_of(bind(function(vectors, *values)), [0])
+        T.buffer_store(out.buffer, value, [out.start])
+        return
     v = _dividing(vectors, out.width)
     with serial(out.width // v.lanes) as index:
         at = index * v.lanes
@@ -252,7 +261,8 @@ def _round(vectors: Vectors, row: QuantisedRow, x: _Place, out: Buffer, start: E
             largest = v.maximum(largest, v.absolute(value))
         largest = bind(math.reduce_max(v, bind(largest)))
         T.buffer_store(floats, largest * const(1 / 127, "float32"), [(start + row.scales) // 4 + block])
-        inverse = bind(Select(largest > 0, const(127.0, "float32") / largest, const(0.0, "float32")))
+        inverse = const(127.0, "float32") / largest
+        inverse = bind(Select(largest > const(_LEAST, "float32"), inverse, const(0.0, "float32")))
         codes = [bind(v.ints(v.round(value * v.splat(inverse)))) for value in values]
         for i, code in enumerate(codes):
             v.store(out, start + block * BLOCK + i * v.lanes, Cast(f"int8x{v.lanes}", code))

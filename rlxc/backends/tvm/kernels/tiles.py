@@ -29,13 +29,13 @@ class TileReader:
     def __init__(
         self, vectors: Vectors, layout: PackedLayout, weight: Buffer, tile: Expr, first: int
     ) -> None:
-        self._vectors, self.layout, self._first, self._tile = vectors, layout, first, tile
+        self.vectors, self.layout, self._first, self._tile = vectors, layout, first, tile
         self._bytes = weight
         self._halves = view(weight, "float16")
 
     def codes(self, block: Expr, group: int) -> Expr:
         """The unsigned codes of a group: ``uint8 [rows, 4]``."""
-        vectors, layout = self._vectors, self.layout
+        vectors, layout = self.vectors, self.layout
         if layout.planes == (8,):
             return self._plane(block, group)
         word = None
@@ -78,17 +78,15 @@ class TileReader:
 
     def _plane(self, block: Expr, index: int) -> Expr:
         start = self._start("codes") + 4 * self._first
-        return self._vectors.load_bytes(
-            self._bytes, start + (block * self.layout.bits + index) * _GROUP_BYTES
-        )
+        return self.vectors.load_bytes(self._bytes, start + (block * self.layout.bits + index) * _GROUP_BYTES)
 
     def _half(self, section: str, index: Expr) -> Expr:
         start = self._start(section) // 2 + self._first
-        return self._vectors.floats(self._vectors.load(self._halves, start + index * TILE))
+        return self.vectors.floats(self.vectors.load(self._halves, start + index * TILE))
 
     def _factor(self, section: str, index: Expr) -> Expr:
         start = self._start(section) + self._first
-        return self._vectors.floats(self._vectors.load(self._bytes, start + index * TILE))
+        return self.vectors.floats(self.vectors.load(self._bytes, start + index * TILE))
 
     def _start(self, section: str) -> Expr:
         found = self.layout.sections[section]

@@ -86,6 +86,10 @@ class Vectors:
         """``4 * lanes`` bytes from ``at`` on."""
         return buffer[Ramp(at, 1, 4 * self.lanes)]
 
+    def store_bytes(self, buffer: Buffer, at: Expr, value: Expr) -> None:
+        """Write ``4 * lanes`` bytes from ``at`` on."""
+        T.buffer_store(buffer, value, [Ramp(at, 1, 4 * self.lanes)])
+
     def as_words(self, value: Expr) -> Expr:
         """Bytes, seen as i32."""
         return call_intrin(f"int32x{self.lanes}", "tirx.reinterpret", value)

@@ -1,0 +1,217 @@
+"""What kernels a graph becomes, and what they are given."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from layer_graph import layer
+
+from rlxc.backends.tvm.lower import lower
+from rlxc.backends.tvm.program import InWeights, InWorkspace, Program
+from rlxc.backends.tvm.targets import find_target
+from rlxc.backends.tvm.weights import WeightsFile
+from rlxc.errors import UnsupportedError
+from rlxc.ir import parse
+
+TOKENS = 16
+
+
+def lowered(text: str, *, int8: bool = True, find_knobs: Any = lambda problem: None) -> tuple[Program, WeightsFile]:
+    graph = parse(text)
+    weights = WeightsFile(graph)
+    program = lower(
+        graph,
+        weights,
+        find_target("x86-64-v3"),
+        int8=int8,
+        most_tokens=TOKENS,
+        read_floats=lambda name: np.ones(8, np.float32),
+        find_knobs=find_knobs,
+    )
+    return program, weights
+
+
+def listing(program: Program) -> list[str]:
+    """Each call's kernel, up to the shapes and numbers in its name, and what it works on."""
+    kinds = [re.split(r"_\d", call.kernel.name)[0] for call in program.calls]
+    return [f"{kind}: {call.amount}" for kind, call in zip(kinds, program.calls)]
+
+
+def test_int8_layer_rounds_where_rows_are_made_anyway() -> None:
+    program, _ = lowered(layer())
+    assert listing(program) == [
+        "embed_q8_0: tokens",
+        "mul_rmsnorm_round: tokens",
+        "matmul_q4_k: tokens",
+        "rmsnorm_rmsnorm: tokens",
+        "angles: tokens",
+        "rotate_and_write: tokens",
+        "attention: tokens",
+        "round: tokens",
+        "matmul_q5_0: tokens",
+        "add: tokens",
+        "select: rows",
+        "round: rows",
+        "matmul_q5_k: rows",
+        "glu: rows",
+        "matmul_exact_bf16: rows",
+        "round: rows",
+        "matmul_q8_0: rows",
+        "summarise: rows",
+    ]
+
+
+def test_float32_layer_rounds_nothing() -> None:
+    program, _ = lowered(layer(), int8=False)
+    assert listing(program) == [
+        "embed_q8_0: tokens",
+        "mul_rmsnorm: tokens",
+        "matmul_exact_q4_k: tokens",
+        "rmsnorm_rmsnorm: tokens",
+        "angles: tokens",
+        "rotate_and_write: tokens",
+        "attention: tokens",
+        "matmul_exact_q5_0: tokens",
+        "add: tokens",
+        "select: rows",
+        "matmul_exact_q5_k: rows",
+        "glu: rows",
+        "matmul_exact_bf16: rows",
+        "matmul_exact_q8_0: rows",
+        "summarise: rows",
+    ]
+
+
+def test_parts_of_a_row_are_read_where_they_are() -> None:
+    """q, k and v are 64, 32 and 32 numbers of the product's rows: nothing copies them."""
+    program, _ = lowered(layer())
+    product, norms, _, write = program.calls[2:6]
+    rows = product.arguments[2]
+    assert isinstance(rows, InWorkspace)
+    assert norms.arguments[0] == rows
+    assert norms.arguments[2] == InWorkspace(rows.buffer, 4 * 64)
+    assert write.arguments[2] == InWorkspace(rows.buffer, 4 * 96)
+
+
+def test_tied_table_is_read_by_lookup_and_logits() -> None:
+    program, weights = lowered(layer())
+    table = InWeights(weights.stored["table"].offset)
+    assert program.calls[0].arguments[0] == program.calls[-2].arguments[0] == table
+    assert program.calls[-2].bytes_read == weights.stored["table"].nbytes
+    assert program.calls[-2].multiplications == 96 * 256
+
+
+def test_every_call_gives_its_kernel_what_it_takes() -> None:
+    for int8 in (True, False):
+        program, _ = lowered(layer(), int8=int8)
+        assert [len(call.arguments) - len(call.kernel.params) for call in program.calls] == [0] * len(program.calls)
+        used = {a.buffer for call in program.calls for a in call.arguments if isinstance(a, InWorkspace)}
+        assert used == set(range(len(program.buffers)))
+
+
+MODEL = """
+graph small
+input %input_ids: i64[batch, seq]
+input %logit_rows: i64[rows]
+weight @table: q4_0[96, 64]
+%x = Embed(%input_ids, @table)
+"""
+LOGITS = "%last = SelectRows(%y, %logit_rows)\n%logits = DequantMatMul(%last, @table)\noutput %logits"
+
+
+def test_row_that_two_products_read_in_one_form_is_rounded_once() -> None:
+    weights = "weight @a: q4_0[64, 64]\nweight @b: q4_0[64, 64]\nweight @c: q5_1[64, 64]\n"
+    products = "".join(f"%{name}y = DequantMatMul(%z, @{name})\n" for name in "abc")
+    sums = "%ab = Add(%ay, %by)\n%y = Add(%ab, %cy)\n"
+    program, _ = lowered(MODEL + weights + "%z = Square(%x)\n" + products + sums + LOGITS)
+    square = program.calls[1]
+    assert square.kernel.name.startswith("square_round")
+    read = [call.arguments[1] for call in program.calls[2:5]]
+    # Nobody reads the square itself. Q4_0 and Q5_1 have other centres, and Q5_1 reads sums too.
+    assert list(square.arguments[1:3]) == [read[0], read[2]]
+    assert read[0] == read[1] != read[2]
+
+
+def test_equal_row_programs_share_a_kernel() -> None:
+    chain = "%a = Square(%x)\n%b = MatMul(%a, @w)\n%c = Square(%b)\n%d = MatMul(%c, @w)\n%y = Sqrt(%d)\n"
+    program, _ = lowered(MODEL + "weight @w: f32[64, 64]\n" + chain + LOGITS)
+    squares = [call.kernel for call in program.calls if call.kernel.name.startswith("square")]
+    assert len(squares) == 2
+    assert squares[0] is squares[1]
+
+
+def test_rows_of_other_tokens_are_another_kernel_s() -> None:
+    """Row-wise ops before and after the choice of rows work on different numbers of rows."""
+    before_and_after = "%s = Square(%x)\n%y = SelectRows(%s, %logit_rows)\n%z = Sqrt(%y)\n"
+    program, _ = lowered(MODEL + before_and_after + "%logits = DequantMatMul(%z, @table)\noutput %logits")
+    assert listing(program)[1:4] == ["square: tokens", "select: rows", "sqrt_round: rows"]
+
+
+def test_known_knobs_are_used() -> None:
+    problems = []
+
+    def find(problem: Any) -> dict[str, int]:
+        problems.append(problem.name)
+        return dict(problem.space[-1])
+
+    text = MODEL + "weight @w: q8_0[64, 64]\n%y = DequantMatMul(%x, @w)\n" + LOGITS
+    tuned, default = lowered(text, find_knobs=find)[0], lowered(text)[0]
+    assert [name.split(",")[0] for name in problems] == [
+        *("matmul_q8_0_64x64_64", "matmul_q8_0_64x64_64"),  # for many tokens, and for one
+        "matmul_q4_0_96x64_96",
+    ]
+    assert [call.kernel.name for call in tuned.calls] == [call.kernel.name for call in default.calls]
+    code = [str(program.kernels[2].function(private=False)) for program in (tuned, default)]
+    assert program_has_product(tuned) and code[0] != code[1]
+
+
+def program_has_product(program: Program) -> bool:
+    return program.kernels[2].name == "matmul_q8_0_64x64_64"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "problem"),
+    [
+        ("%p = Positions(%input_ids, %past)\n%y = Rope(%x, %p; heads=1, spec=RopeSpec(theta=10.0, dim=64))\n", "Rope"),
+        ("weight @n: f32[64]\n%y, %s = AddRmsNorm(%x, %x, @n; eps=1e-06)\n", "AddRmsNorm"),
+    ],
+)
+def test_op_without_a_kernel_is_refused(nodes: str, problem: str) -> None:
+    text = MODEL.replace("weight", "input %past: i32[]\nweight") + nodes + LOGITS
+    with pytest.raises(UnsupportedError, match=f"the tvm backend has no kernel for {problem}$"):
+        lowered(text)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "made"),
+    [
+        ("%l = DequantMatMul(%x, @table)\n%logits = Silu(%l)\noutput %logits", "by Silu"),
+        ("%y = Silu(%x)\noutput %y", "by nothing"),
+    ],
+)
+def test_logits_that_no_product_makes_are_refused(nodes: str, made: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"here they are made {made}"):
+        lowered(MODEL + nodes)
+
+
+def test_caches_lie_one_after_the_other() -> None:
+    program, _ = lowered(layer())
+    write, attend = program.calls[5:7]
+    keys, values = attend.arguments[1:3]
+    assert keys.offset == 0  # type: ignore[union-attr]
+    assert values.offset == 2 * 64 * 16 * 4  # type: ignore[union-attr]
+    assert write.arguments[6:8] == (keys, values)
+
+
+def test_rope_tables_of_the_same_kind_are_made_once() -> None:
+    node = next(line for line in layer().splitlines() if "GroupQueryAttention" in line)
+    second = node.replace("%heads, %present.0", "%again, %present.1").replace("key_values.0", "key_values.1")
+    inputs = "input %past_key_values.1.key: f32[batch, 2, 64, 16]\ninput %past_key_values.1.value: f32[batch, 2, 64, 16]"
+    text = layer().replace("input %past_length", f"{inputs}\ninput %past_length").replace(node, f"{node}\n{second}")
+    program, weights = lowered(text.replace("%attended = DequantMatMul(%heads", "%attended = DequantMatMul(%again"))
+    assert listing(program).count("angles: tokens") == 1
+    assert listing(program).count("attention: tokens") == 2
+    assert list(weights.constants) == ["rope.0.frequencies"]

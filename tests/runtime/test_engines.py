@@ -1,0 +1,238 @@
+"""Both engines on a real artifact: several sequences in a step, summaries of logits, and artifacts that are broken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import rlxc
+import rlxc.runtime.cpu
+from rlxc.artifact import BackendName
+from rlxc.errors import ArtifactError, SessionError
+from rlxc.runtime import Session
+from rlxc.runtime.engines import Engine
+from rlxc.runtime.logits import Logits
+
+Ids = npt.NDArray[np.int64]
+CompileTiny = Callable[[BackendName], Path]
+
+
+@pytest.fixture
+def session(backend: BackendName, compile_tiny: CompileTiny) -> Any:
+    with rlxc.load(compile_tiny(backend)) as session:
+        yield session
+
+
+@pytest.fixture
+def engine(session: Session) -> Engine[Any]:
+    return session.engine
+
+
+def tokens(*shape: int) -> Ids:
+    return np.random.default_rng(len(shape)).integers(2, 300, size=shape)
+
+
+def filled(engine: Engine[Any], ids: Ids) -> Any:
+    """A cache that holds these tokens."""
+    cache = engine.new_cache()
+    for start in range(0, len(ids), engine.max_step):
+        engine.step([cache], ids[None, start : start + engine.max_step], np.zeros(0, np.int64))
+    return cache
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_sequences_of_one_step_do_not_touch_each_other(engine: Engine[Any], step: int) -> None:
+    pasts = [tokens(40), tokens(1), tokens(90), tokens(0)]
+    ids, rows = tokens(4, step), np.array([0, step - 1])
+    together = [filled(engine, past) for past in pasts]
+    alone = [filled(engine, past) for past in pasts]
+    for _ in range(2):  # the second step reads what the first one wrote
+        logits = engine.step(together, ids, rows)
+        assert logits.values.shape == (4, 2, engine.vocab_size)
+        for i, cache in enumerate(alone):
+            expected = engine.step([cache], ids[i : i + 1], rows).values[0]
+            # Other numbers of tokens are added up in another order; activations that round to int8 differently
+            # then change a logit, which are of size 1, by a thousandth.
+            np.testing.assert_allclose(logits.values[i], expected, atol=5e-3)
+            assert together[i].position == cache.position
+
+
+def test_logits_are_summarised(engine: Engine[Any]) -> None:
+    logits = engine.step([engine.new_cache(), engine.new_cache()], tokens(2, 6), np.array([1, 5, 0]))
+    for sequence in range(2):
+        for row in range(3):
+            got, expected = logits.row(sequence, row), Logits.of(logits.values[sequence, row])
+            np.testing.assert_array_equal(got.values, expected.values)
+            np.testing.assert_array_equal(got.maxima, expected.maxima)
+            # Exponentials of the kernel's and of numpy's, each right to 2e-7.
+            np.testing.assert_allclose(got.sums, expected.sums, rtol=2e-6)
+
+
+def test_logits_are_the_caller_s_to_keep(engine: Engine[Any]) -> None:
+    cache = engine.new_cache()
+    first = engine.step([cache], tokens(1, 3), np.array([2]))
+    before = first.values.copy()
+    engine.step([cache], tokens(1, 3) + 1, np.array([2]))
+    np.testing.assert_array_equal(first.values, before)
+
+
+def test_step_without_rows_has_no_logits(engine: Engine[Any]) -> None:
+    cache = engine.new_cache()
+    assert engine.step([cache], tokens(1, 3), np.zeros(0, np.int64)).values.shape == (1, 0, 300)
+    assert cache.position == 3
+
+
+def test_ticks_go_on_while_a_step_runs(tvm_artifact: Path) -> None:
+    with rlxc.load(tvm_artifact) as session:
+        session.prefill([5, 6, 7])
+        ticks = session.engine.ticks
+        assert ticks is not None
+        (calls,) = json.loads((tvm_artifact / "kernels.json").read_bytes()).values()
+        assert len(ticks) == len(calls) + 1
+        assert (np.diff(ticks) > 0).all()
+
+
+def test_listed_calls_read_every_matrix_once(tvm_artifact: Path) -> None:
+    with rlxc.load(tvm_artifact) as session:
+        weights = session.artifact.manifest.weights
+    (calls,) = json.loads((tvm_artifact / "kernels.json").read_bytes()).values()
+    matrices = [weight for weight in weights if len(weight.shape) == 2]
+    expected = [weight.shape[0] * weight.shape[1] for weight in matrices]
+    assert sorted(call["multiplications"] for call in calls if call["bytes_read"]) == sorted(expected)
+    assert {call["amount"] for call in calls} == {"tokens", "rows"}
+
+
+# --- artifacts that are broken ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tvm_artifact: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(tvm_artifact, tmp_path / "model.rlx"))
+
+
+def library_of(artifact: Path) -> Path:
+    (path,) = artifact.glob("model.*.o")
+    return path
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put other data into an artifact, with the size and digest in the manifest that it should have."""
+    path.write_bytes(data)
+    manifest = json.loads((path.parent / "manifest.json").read_bytes())
+    manifest["files"][path.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_changed_machine_code_is_never_loaded(copy: Path) -> None:
+    path = library_of(copy)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"{path.name} does not have the sha256 in its manifest"):
+        rlxc.load(copy)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model"])
+def test_truncated_file_is_refused(copy: Path, name: str) -> None:
+    path = library_of(copy) if name == "model" else copy / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(
+        ArtifactError, match=f"{path.name} has {len(data) - 1} bytes, its manifest says {len(data)}"
+    ):
+        rlxc.load(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: b"",
+        lambda data: b"no machine code at all\n" * 100,
+        lambda data: data[:64],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:1000] + bytes(len(data) - 1000),
+    ],
+    ids=["empty", "text", "header", "half", "zeros"],
+)
+def test_file_that_is_no_machine_code_is_named(copy: Path, change: Callable[[bytes], bytes]) -> None:
+    path = library_of(copy)
+    replace_file(path, change(path.read_bytes()))
+    with pytest.raises(SessionError) as refused:
+        rlxc.load(copy)
+    text = str(refused.value)
+    assert text.startswith(f"{path}: cannot be loaded as machine code (")
+    assert text.endswith("; compile the model again")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: b"\xff" * 8 + data[8:],
+        lambda data: data[:8] + b"[" + data[9:],
+        lambda data: b"\2" + bytes(7) + b"{}" + data,
+        lambda data: b"\0",
+    ],
+    ids=["short", "long", "header past the end", "no header", "no tensors", "one byte"],
+)
+def test_weights_that_end_too_early_or_too_late_are_refused(
+    copy: Path, change: Callable[[bytes], bytes]
+) -> None:
+    path = copy / "weights.safetensors"
+    replace_file(path, change(path.read_bytes()))
+    with pytest.raises(ArtifactError, match=f"{path}: not a safetensors file; compile the model again"):
+        rlxc.load(copy)
+
+
+def test_artifact_for_other_cpus_says_what_they_have(
+    tvm_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rlxc.runtime.cpu, "machine", lambda: "riscv64")
+    with pytest.raises(SessionError, match=r"no library for this riscv64 CPU .*compile the model for it"):
+        rlxc.load(tvm_artifact)
+
+
+def test_no_compiler_is_needed(compile_tiny: CompileTiny, tvm_artifact: Path, tmp_path: Path) -> None:
+    code = """if True:
+        import shutil, sys
+        import rlxc
+        assert not any(map(shutil.which, ("cc", "c++", "gcc", "g++", "clang", "ld")))
+        rlxc.compile(sys.argv[1], sys.argv[2], backend="tvm")
+        print(rlxc.load(sys.argv[2]).prefill([5, 6, 7]).argmax())
+    """
+    command = [sys.executable, "-c", code, tvm_artifact.with_name("model.gguf"), tmp_path / "model.rlx"]
+    empty = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    (tmp_path / "bin").mkdir()
+    done = subprocess.run(
+        command, env={**empty, "PATH": str(tmp_path / "bin")}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    with rlxc.load(tvm_artifact) as session:
+        assert int(done.stdout) == session.prefill([5, 6, 7]).argmax()
+
+
+def test_running_imports_no_compiler(tvm_artifact: Path) -> None:
+    code = """if True:
+        import sys
+        import rlxc
+        rlxc.load(sys.argv[1]).prefill([5, 6, 7])
+        print([name for name in ("tvm", "rlxc.backends", "rlxc.ir", "onnxruntime") if name in sys.modules])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, tvm_artifact], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
