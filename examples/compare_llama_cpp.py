@@ -80,12 +80,13 @@ def main() -> None:
     parser.add_argument("-p", "--prompt", type=int, default=512, help="tokens of prefill")
     parser.add_argument("-n", "--tokens", type=int, default=64, help="single-token steps")
     parser.add_argument("-r", "--rounds", type=int, default=7)
+    parser.add_argument("-b", "--backend", choices=("tvm", "onnx"), help="default: tvm where it is installed")
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "model.rlx"
-        rlxc.compile(args.model, artifact)
+        rlxc.compile(args.model, artifact, backend=args.backend, context=args.prompt + args.tokens)
         contenders = {
             "rlxc": Rlxc(artifact, args.threads),
             "llama.cpp": LlamaCpp(args.model, args.prompt + args.tokens, args.threads),

@@ -63,7 +63,7 @@ FULL = replace(
     MANIFEST,
     target=replace(
         MANIFEST.target,
-        libraries=(Library("model.x86-64-v3.o", "x86-64-v3", "x86_64", ("avx2", "fma"), 4096, 7),),
+        libraries=(Library("model.x86-64-v3.o", "x86-64-v3", "x86_64", ("avx2", "fma"), 4096, 7, 5, 3),),
     ),
     adapters=(AdapterEntry("style", DIGEST, 0.5),),
     files={"model.onnx": FileEntry(7, DIGEST), "model.x86-64-v3.o": FileEntry(9, DIGEST)},

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -296,7 +297,59 @@ def test_bench_prints_json_on_request(gemma_artifact: Path) -> None:
 
 def test_bench_prints_a_line_for_each_stage(gemma_artifact: Path) -> None:
     lines = call("bench", gemma_artifact, "-p", 16, "-n", 2, "-r", 1).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["prefill", "decode"]
+    assert [line.split()[0] for line in lines] == ["prefill", "decode", "memory"]
+
+
+def test_bench_compares_decoding_with_the_memory(gemma_artifact: Path) -> None:
+    report = json.loads(call("bench", gemma_artifact, "-p", 4, "-n", 4, "-r", 1, "--json").stdout)
+    memory = report["memory"]
+    assert memory["gigabytes_per_second"] > 0
+    # All but a few of the weights file's bytes are matrices, and the table of embeddings is multiplied with.
+    assert memory["bytes_per_token"] == pytest.approx(
+        (gemma_artifact / "weights.safetensors").stat().st_size, rel=0.01
+    )
+    rate = report["decode"]["tokens_per_second"]["median"] * memory["bytes_per_token"] / 1e9
+    assert memory["fraction"] == pytest.approx(rate / memory["gigabytes_per_second"])
+
+
+def test_bench_decodes_several_sequences_together(gemma_artifact: Path) -> None:
+    command = ["bench", gemma_artifact, "-p", 4, "-n", 4, "-r", 1, "--batch", 8]
+    report = json.loads(call(*command, "--json").stdout)
+    batch, decode = report["batch"], report["decode"]
+    assert batch["sequences"] == 8
+    medians = [stage["tokens_per_second"]["median"] for stage in (batch, decode)]
+    assert batch["ratio"] == pytest.approx(medians[0] / medians[1])
+    assert "8 sequences together" in call(*command).stdout
+
+
+def test_bench_of_more_sequences_than_a_step_takes_is_refused(gemma_artifact: Path) -> None:
+    command = ["bench", gemma_artifact, "-p", 4, "-n", 4, "-r", 1, "--batch", 100_000]
+    assert_one_line_error(call(*command), "256 sequences", "--batch")
+
+
+def test_bench_profiles_kernels(compile_gemma: Callable[..., Path]) -> None:
+    pytest.importorskip("tvm")
+    command = ["bench", compile_gemma("tvm", "int8"), "-p", 8, "-n", 2, "-r", 1, "--profile"]
+    report = json.loads(call(*command, "--json").stdout)
+    for stage in ("decode", "prefill"):
+        kernels = report["profile"][stage]
+        times = [kernel["microseconds"] for kernel in kernels]
+        assert times == sorted(times, reverse=True)
+        assert sum(kernel["share"] for kernel in kernels) == pytest.approx(1)
+        assert {"summarise_262144"} <= {kernel["kernel"] for kernel in kernels}
+        products = [kernel for kernel in kernels if kernel["kernel"].startswith("matmul")]
+        assert all(kernel["gigabytes_per_second"] > 0 for kernel in products)
+    text = call(*command).stdout
+    assert "\ndecode step " in text
+    assert "\nprefill step " in text
+
+
+def test_profile_of_an_onnx_artifact_is_refused(compile_gemma: Callable[..., Path]) -> None:
+    assert_one_line_error(
+        call("bench", compile_gemma("onnx", "int8"), "--profile"),
+        "only artifacts of the tvm backend",
+        "--backend",
+    )
 
 
 def test_bench_longer_than_the_context_is_refused(gemma_artifact: Path) -> None:

@@ -48,21 +48,20 @@ class _Job:
     def __init__(self, work: Callable[[], None]) -> None:
         self.work = work
         self.error: BaseException | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
+        self.done = threading.Event()  # a lock, taken just before a Ctrl-C, would be waited for a second time
 
     def run(self) -> None:
         try:
             self.work()
         except BaseException as error:  # noqa: BLE001 - it is for whoever waits
             self.error = error
-        self.done.release()
+        self.done.set()
 
     def wait(self) -> None:
         try:
-            self.done.acquire()
+            self.done.wait()
         except BaseException:  # Ctrl-C: what runs cannot be stopped, and must not be overtaken
-            self.done.acquire()
+            self.done.wait()
             raise
         if self.error is not None:
             raise self.error

@@ -122,16 +122,20 @@ def _map_tensors(path: Path) -> npt.NDArray[np.int8]:
 
     The digest may not be compared yet, and kernels do not look where the data ends: so this does.
     """
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(mapping[:8], "little")
     try:
+        with open(path, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(mapping[:8], "little")
         header = json.loads(mapping[8:start])
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        end = -1
-    if start + end != len(mapping):
-        raise ArtifactError("not a safetensors file", source=path, remedy="compile the model again")
+        end = start + max(
+            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+        )
+        if end != len(mapping):
+            raise ValueError(f"it has {len(mapping)} bytes, its header says {end}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"not a safetensors file ({error})", source=path, remedy="compile the model again"
+        ) from error
     return np.frombuffer(mapping, np.int8, offset=start)
 
 

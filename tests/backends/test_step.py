@@ -37,9 +37,15 @@ output %present.0.value
 """
 
 
-def between(middle: str, table: str = "q8_0[96, 64]", op: str = "DequantMatMul", weight: str = "@table") -> str:
+def between(
+    middle: str, table: str = "q8_0[96, 64]", op: str = "DequantMatMul", weight: str = "@table"
+) -> str:
     """A model whose embedding ``%x`` becomes ``%y`` by these nodes; attention ``%heads`` stands beside it."""
-    return HEAD.format(table=table, caches=CACHES, attention=ATTENTION) + middle + TAIL.format(op=op, weight=weight)
+    return (
+        HEAD.format(table=table, caches=CACHES, attention=ATTENTION)
+        + middle
+        + TAIL.format(op=op, weight=weight)
+    )
 
 
 def assert_close(result: npt.NDArray[Any], expected: npt.NDArray[Any], tolerance: float = 1e-4) -> None:

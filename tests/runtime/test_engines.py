@@ -62,9 +62,8 @@ def test_sequences_of_one_step_do_not_touch_each_other(engine: Engine[Any], step
         assert logits.values.shape == (4, 2, engine.vocab_size)
         for i, cache in enumerate(alone):
             expected = engine.step([cache], ids[i : i + 1], rows).values[0]
-            # Other numbers of tokens are added up in another order; activations that round to int8 differently
-            # then change a logit, which are of size 1, by a thousandth.
-            np.testing.assert_allclose(logits.values[i], expected, atol=5e-3)
+            # A token's sums do not depend on its neighbours, but for the order in which a kernel adds its parts.
+            np.testing.assert_allclose(logits.values[i], expected, atol=1e-5)
             assert together[i].position == cache.position
 
 
@@ -186,15 +185,18 @@ def test_file_that_is_no_machine_code_is_named(copy: Path, change: Callable[[byt
         lambda data: data[:8] + b"[" + data[9:],
         lambda data: b"\2" + bytes(7) + b"{}" + data,
         lambda data: b"\0",
+        lambda data: b"",
     ],
-    ids=["short", "long", "header past the end", "no header", "no tensors", "one byte"],
+    ids=["short", "long", "header past the end", "no header", "no tensors", "one byte", "empty"],
 )
 def test_weights_that_end_too_early_or_too_late_are_refused(
     copy: Path, change: Callable[[bytes], bytes]
 ) -> None:
     path = copy / "weights.safetensors"
     replace_file(path, change(path.read_bytes()))
-    with pytest.raises(ArtifactError, match=f"{path}: not a safetensors file; compile the model again"):
+    with pytest.raises(
+        ArtifactError, match=rf"{path}: not a safetensors file \(.*\); compile the model again"
+    ):
         rlxc.load(copy)
 
 

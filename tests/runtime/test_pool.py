@@ -145,16 +145,19 @@ def test_sessions_run_at_the_same_time_in_threads(
         np.testing.assert_array_equal(logits, expected)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(
+    PROCESSORS == 1 or not Path("/proc/self/task").exists(), reason="needs workers, and Linux's /proc"
+)
 def test_using_a_session_from_many_threads_gathers_no_workers(tvm_artifact: Path) -> None:
     with rlxc.load(tvm_artifact, threads=PROCESSORS) as session:
         session.decode(5)
         before = tasks()
-        for _ in range(5):
+        for _ in range(20):
             user = threading.Thread(target=session.decode, args=(5,))
             user.start()
             user.join()
-        assert tasks() <= before
+        # A pool for each user would be 20 workers or more. One that was joined may not be gone yet.
+        assert tasks() < before + 10
 
 
 def run(code: str, *arguments: object) -> str:

@@ -16,7 +16,7 @@ from rlxc.backends.tvm.kernels.matmul import FEW, matmul_kernel
 from rlxc.backends.tvm.kernels.matmul_exact import exact_matmul_kernel
 from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.vector import Vectors
-from rlxc.backends.tvm.layout import TILE, PackedLayout, layout_of
+from rlxc.backends.tvm.layout import TILE, Layout, PackedLayout, layout_of
 from rlxc.backends.tvm.problem import Filled, Problem
 from rlxc.backends.tvm.targets import CpuTarget
 from rlxc.dtypes import DType
@@ -41,17 +41,9 @@ def matmul(
     def make(knobs: Knobs) -> Kernel:
         return matmul_kernel(vectors, knobs, layout, OutputRows(rows, stride), bias=bias)
 
-    space = _matmul_space(target, tokens)
     biases = (layout.tiles * TILE,) if bias else ()
-    return Problem(
-        name=f"{make(space[0]).name}, {_tokens(tokens)}",
-        space=space,
-        make=make,
-        arguments=(layout.nbytes, tokens * row.stride, *biases, tokens * stride, tokens),
-        bytes_moved=layout.nbytes,
-        operations=2 * rows * columns * tokens,
-        weight=weight,
-    )
+    arguments = (layout.nbytes, tokens * row.stride, *biases, tokens * stride, tokens)
+    return _product(target, make, layout, arguments, weight)
 
 
 def matmul_exact(
@@ -73,15 +65,27 @@ def matmul_exact(
         output = OutputRows(rows, stride)
         return exact_matmul_kernel(vectors, knobs, layout, output, stride=x_stride, bias=bias)
 
-    space = _matmul_space(target, tokens)
     biases = (layout.tiles * TILE,) if bias else ()
+    arguments = (layout.nbytes, tokens * x_stride, *biases, tokens * stride, tokens)
+    return _product(target, make, layout, arguments, weight)
+
+
+def _product(
+    target: CpuTarget,
+    make: Callable[[Knobs], Kernel],
+    layout: Layout,
+    arguments: tuple[int, ...],
+    weight: int,
+) -> Problem:
+    tokens = arguments[-1]
+    space = _matmul_space(target, tokens)
     return Problem(
         name=f"{make(space[0]).name}, {_tokens(tokens)}",
         space=space,
         make=make,
-        arguments=(layout.nbytes, tokens * x_stride, *biases, tokens * stride, tokens),
+        arguments=arguments,
         bytes_moved=layout.nbytes,
-        operations=2 * rows * columns * tokens,
+        operations=2 * layout.rows * layout.columns * tokens,
         weight=weight,
     )
 

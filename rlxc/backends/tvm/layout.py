@@ -168,7 +168,7 @@ class PackedLayout(_Layout):
                 part = words[:, :, shift : shift + width]
                 if low:
                     part = part >> np.uint32(low)
-                if low + width < self.bits:
+                if width < self.bits:  # bits of another plane, and of the next byte
                     part = part & mask
                 if shift:
                     plane |= part << np.uint32(shift)

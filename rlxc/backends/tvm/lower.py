@@ -286,9 +286,9 @@ class _Lowering:
         if entries[0].key not in self._tuned_kernels:
             problems = [entry.problem(self.target) for entry in entries]
             knobs = dict(problems[0].space[0])
-            for problem in problems:
+            # Each problem has a say in what it makes better; where two disagree, the one with many tokens wins.
+            for problem in reversed(problems):
                 best = self.find_knobs(problem) or {}
-                # A setting is measured with the other knobs at their defaults.
                 knobs.update({name: value for name, value in best.items() if value != problem.space[0][name]})
             self._tuned_kernels[entries[0].key] = problems[0].make(knobs)
         return self._tuned_kernels[entries[0].key]

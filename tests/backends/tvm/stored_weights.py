@@ -52,6 +52,8 @@ def store(layout: Layout, parts: list[Bytes], chunk_rows: int = 32) -> npt.NDArr
             raw = array.view(np.uint8).ravel()
             out[ends[name] : ends[name] + raw.size] = raw
             ends[name] += raw.size
-    expected = {n: section.offset + section.tile_bytes * layout.tiles for n, section in layout.sections.items()}
+    expected = {
+        n: section.offset + section.tile_bytes * layout.tiles for n, section in layout.sections.items()
+    }
     assert ends == expected
     return out.view(np.int8)

@@ -19,7 +19,9 @@ from rlxc.ir import parse
 TOKENS = 16
 
 
-def lowered(text: str, *, int8: bool = True, find_knobs: Any = lambda problem: None) -> tuple[Program, WeightsFile]:
+def lowered(
+    text: str, *, int8: bool = True, find_knobs: Any = lambda problem: None
+) -> tuple[Program, WeightsFile]:
     graph = parse(text)
     weights = WeightsFile(graph)
     program = lower(
@@ -35,9 +37,10 @@ def lowered(text: str, *, int8: bool = True, find_knobs: Any = lambda problem: N
 
 
 def listing(program: Program) -> list[str]:
-    """Each call's kernel, up to the shapes and numbers in its name, and what it works on."""
-    kinds = [re.split(r"_\d", call.kernel.name)[0] for call in program.calls]
-    return [f"{kind}: {call.amount}" for kind, call in zip(kinds, program.calls)]
+    """Each call's kernel, up to its format or to the first number in its name, and what it works on."""
+    kind = re.compile(r"[a-z_]+_(q\d_[0-9k]|bf16)(?=_)|[a-z_]+(?=_\d)")
+    found = [(kind.match(call.kernel.name), call.amount) for call in program.calls]
+    return [f"{name[0] if name else None}: {amount}" for name, amount in found]
 
 
 def test_int8_layer_rounds_where_rows_are_made_anyway() -> None:
@@ -107,7 +110,9 @@ def test_tied_table_is_read_by_lookup_and_logits() -> None:
 def test_every_call_gives_its_kernel_what_it_takes() -> None:
     for int8 in (True, False):
         program, _ = lowered(layer(), int8=int8)
-        assert [len(call.arguments) - len(call.kernel.params) for call in program.calls] == [0] * len(program.calls)
+        assert [len(call.arguments) - len(call.kernel.params) for call in program.calls] == [0] * len(
+            program.calls
+        )
         used = {a.buffer for call in program.calls for a in call.arguments if isinstance(a, InWorkspace)}
         assert used == set(range(len(program.buffers)))
 
@@ -164,18 +169,18 @@ def test_known_knobs_are_used() -> None:
         "matmul_q4_0_96x64_96",
     ]
     assert [call.kernel.name for call in tuned.calls] == [call.kernel.name for call in default.calls]
-    code = [str(program.kernels[2].function(private=False)) for program in (tuned, default)]
-    assert program_has_product(tuned) and code[0] != code[1]
-
-
-def program_has_product(program: Program) -> bool:
-    return program.kernels[2].name == "matmul_q8_0_64x64_64"
+    products = [next(k for k in program.kernels if "matmul_q8_0" in k.name) for program in (tuned, default)]
+    code = [str(product.function(private=False)) for product in products]
+    assert code[0] != code[1]
 
 
 @pytest.mark.parametrize(
     ("nodes", "problem"),
     [
-        ("%p = Positions(%input_ids, %past)\n%y = Rope(%x, %p; heads=1, spec=RopeSpec(theta=10.0, dim=64))\n", "Rope"),
+        (
+            "%p = Positions(%input_ids, %past)\n%y = Rope(%x, %p; heads=1, spec=RopeSpec(theta=10.0, dim=64))\n",
+            "Rope",
+        ),
         ("weight @n: f32[64]\n%y, %s = AddRmsNorm(%x, %x, @n; eps=1e-06)\n", "AddRmsNorm"),
     ],
 )
@@ -208,10 +213,18 @@ def test_caches_lie_one_after_the_other() -> None:
 
 def test_rope_tables_of_the_same_kind_are_made_once() -> None:
     node = next(line for line in layer().splitlines() if "GroupQueryAttention" in line)
-    second = node.replace("%heads, %present.0", "%again, %present.1").replace("key_values.0", "key_values.1")
-    inputs = "input %past_key_values.1.key: f32[batch, 2, 64, 16]\ninput %past_key_values.1.value: f32[batch, 2, 64, 16]"
-    text = layer().replace("input %past_length", f"{inputs}\ninput %past_length").replace(node, f"{node}\n{second}")
-    program, weights = lowered(text.replace("%attended = DequantMatMul(%heads", "%attended = DequantMatMul(%again"))
+    second = (
+        node.replace("%heads", "%again").replace("present.0", "present.1").replace("values.0", "values.1")
+    )
+    inputs = "\n".join(f"input %past_key_values.1.{part}: f32[batch, 2, 64, 16]" for part in ("key", "value"))
+    text = (
+        layer()
+        .replace("input %past_length", f"{inputs}\ninput %past_length")
+        .replace(node, f"{node}\n{second}")
+    )
+    program, weights = lowered(
+        text.replace("%attended = DequantMatMul(%heads", "%attended = DequantMatMul(%again")
+    )
     assert listing(program).count("angles: tokens") == 1
     assert listing(program).count("attention: tokens") == 2
     assert list(weights.constants) == ["rope.0.frequencies"]

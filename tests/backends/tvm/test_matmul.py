@@ -36,7 +36,7 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Activations:
-    """Tokens in int8: codes ``[M, columns]``, scales ``[M, columns / 32]``, and what their sums were ``[M, sub-blocks]``."""
+    """Tokens in int8: codes ``[M, columns]``, scales ``[M, columns / 32]``; what x summed up to ``[M, sub-blocks]``."""
 
     codes: npt.NDArray[np.int8]
     scales: npt.NDArray[np.float32]
@@ -72,7 +72,7 @@ def formula(weight: StoredWeight, x: Activations) -> tuple[Doubles, Doubles]:
     assert isinstance(layout, PackedLayout)
     fmt = FORMATS[layout.dtype]
     planes = fmt.unpack(weight.data)
-    tokens, sub_blocks = x.sums.shape
+    sub_blocks = x.sums.shape[1]
     stored = planes.codes.astype(np.int64) - fmt.code_min
     shape = (-1, sub_blocks, fmt.sub_block)
     codes, int8 = stored.reshape(shape), x.codes.astype(np.int64).reshape(shape)
@@ -107,7 +107,9 @@ def check(
     x = Activations.random(tokens, layout.format.sub_block, layout.columns)
     out = np.full((tokens, output.stride), 7, np.float32)
     given = [] if bias is None else [bias]
-    run_kernel(kernel, weight.stored, x.rows(QuantisedRow.of(layout, vectors)), *given, out, tokens, target=target)
+    run_kernel(
+        kernel, weight.stored, x.rows(QuantisedRow.of(layout, vectors)), *given, out, tokens, target=target
+    )
     expected, size = formula(weight, x)
     if bias is not None:
         expected, size = expected + bias[:rows], size + np.abs(bias[:rows])
@@ -119,7 +121,7 @@ def check(
 @pytest.mark.parametrize("dtype", PACKED)
 def test_product_is_what_the_formula_says(run_kernel: Any, dtype: DType) -> None:
     weight = random_weight(dtype, ROWS, COLUMNS)
-    for tokens in range(1, 14):
+    for tokens in range(1, 15):
         check(run_kernel, HERE[0], weight, tokens, most=4)
 
 
@@ -127,20 +129,20 @@ def test_product_is_what_the_formula_says(run_kernel: Any, dtype: DType) -> None
 @pytest.mark.parametrize("dtype", [DType.Q4_0, DType.Q5_1, DType.Q8_0, DType.Q2_K, DType.Q6_K])
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
     weight = random_weight(dtype, ROWS, COLUMNS)
-    for tokens in (1, 6):
+    for tokens in (1, 10):
         check(run_kernel, target, weight, tokens, most=3)
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 12])
 def test_tokens_may_share_a_pass_in_any_number(run_kernel: Any, most: int) -> None:
     weight = random_weight(DType.Q4_K, 32, 256)
-    for tokens in range(1, 2 * most + 2):
+    for tokens in [*range(1, most + 2), 3 * most - 1, 3 * most, 4 * most + 1]:
         check(run_kernel, HERE[0], weight, tokens, most=most)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 15, 16, 17, 300])
 def test_any_number_of_rows_is_written_and_no_more(run_kernel: Any, rows: int) -> None:
-    check(run_kernel, HERE[0], random_weight(DType.Q8_0, rows, 64), 5, stride=rows + 3)
+    check(run_kernel, HERE[0], random_weight(DType.Q8_0, rows, 64), 7, stride=rows + 3)
 
 
 @each_target
@@ -149,14 +151,19 @@ def test_bias_is_added_and_strides_are_kept(run_kernel: Any, target: CpuTarget) 
     bias = np.pad(10 * np.random.default_rng(1).standard_normal(ROWS), (0, -ROWS % 16)).astype(np.float32)
     for dtype in (DType.Q4_1, DType.Q5_0):
         weight = random_weight(dtype, ROWS, 96)
-        check(run_kernel, target, weight, 5, bias=bias, stride=80)
+        for tokens in (5, 7):
+            check(run_kernel, target, weight, tokens, bias=bias, stride=80)
 
 
 def test_no_tokens_write_nothing(run_kernel: Any) -> None:
     weight = random_weight(DType.Q4_0, 16, 64)
     assert isinstance(weight.layout, PackedLayout)
     vectors = Vectors.of(HERE[0])
-    kernel = matmul_kernel(vectors, {"tokens": 2, "prefetch": 0}, weight.layout, OutputRows(16, 16), bias=False)
+    kernel = matmul_kernel(
+        vectors, {"tokens": 2, "prefetch": 0}, weight.layout, OutputRows(16, 16), bias=False
+    )
     out = np.full(16, 7, np.float32)
-    run_kernel(kernel, weight.stored, np.zeros(QuantisedRow.of(weight.layout, vectors).stride, np.int8), out, 0)
+    run_kernel(
+        kernel, weight.stored, np.zeros(QuantisedRow.of(weight.layout, vectors).stride, np.int8), out, 0
+    )
     assert (out == 7).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +18,11 @@ def nothing() -> None:
 def program(sizes: list[int], uses: list[set[int]]) -> Program:
     """A call for each set of buffers."""
     calls = tuple(
-        Call(Kernel(f"kernel{index % 3}", (), nothing), (InWeights(0), *map(InWorkspace, sorted(used)), "step"), "tokens")
+        Call(
+            Kernel(f"kernel{index % 3}", (), nothing),
+            (InWeights(0), *map(InWorkspace, sorted(used)), "step"),
+            "tokens",
+        )
         for index, used in enumerate(uses)
     )
     return Program(calls, tuple(sizes), most_tokens=4)
@@ -46,7 +52,7 @@ def test_buffers_in_use_together_share_nothing(case: tuple[list[int], list[set[i
     workspace = plan_workspace(program(sizes, uses))
     for call in range(len(uses)):
         found = extents(workspace, sizes, alive(uses, call))
-        assert all(end <= start for (_, end), (start, _) in zip(found, found[1:]))
+        assert all(end <= start for (_, end), (start, _) in pairwise(found))
 
 
 @given(programs())
@@ -54,7 +60,8 @@ def test_every_buffer_lies_inside_and_on_a_cache_line(case: tuple[list[int], lis
     sizes, uses = case
     workspace = plan_workspace(program(sizes, uses))
     assert all(offset % 64 == 0 for offset in workspace.offsets)
-    assert all(0 <= start <= end <= workspace.nbytes for start, end in extents(workspace, sizes, set(range(len(sizes)))))
+    found = extents(workspace, sizes, set(range(len(sizes))))
+    assert all(0 <= start <= end <= workspace.nbytes for start, end in found)
 
 
 @given(programs())

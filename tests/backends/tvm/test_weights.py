@@ -72,14 +72,18 @@ def write(folder: Path, text: str = MODEL, **constants: npt.NDArray[Any]) -> Wri
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    return write(tmp_path_factory.mktemp("weights"), frequencies=np.arange(5.0), rows=np.arange(3, dtype=np.int64))
+    return write(
+        tmp_path_factory.mktemp("weights"), frequencies=np.arange(5.0), rows=np.arange(3, dtype=np.int64)
+    )
 
 
 def test_safetensors_reads_every_tensor(written: Written) -> None:
     with safe_open(written.path, "np") as reader:
         assert set(reader.keys()) == {"table", "norm", "qkv", "float", "frequencies", "rows"}
         shapes = {name: reader.get_tensor(name).shape for name in reader.keys()}  # noqa: SIM118, no mapping
-        assert {name: (-(-stored.nbytes // 64) * 64,) for name, stored in written.file.stored.items()} == shapes
+        assert {
+            name: (-(-stored.nbytes // 64) * 64,) for name, stored in written.file.stored.items()
+        } == shapes
 
 
 def test_metadata_names_the_format(written: Written) -> None:
@@ -104,7 +108,9 @@ def test_matrices_lie_as_their_layouts_say(written: Written) -> None:
         assert written.file.stored[name].layout == layout
         expected = store(layout, [written.tensors.packed[name].reshape(shape[0], -1)]).view(np.uint8)
         # Between sections the file has zeros, `store` has not.
-        inside = np.concatenate([np.arange(s.tile_bytes * layout.tiles) + s.offset for s in layout.sections.values()])
+        inside = np.concatenate(
+            [np.arange(s.tile_bytes * layout.tiles) + s.offset for s in layout.sections.values()]
+        )
         np.testing.assert_array_equal(written.tensor(name)[inside], expected[inside])
         assert not np.delete(written.tensor(name), inside).any()
 

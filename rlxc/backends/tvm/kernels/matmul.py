@@ -192,12 +192,7 @@ class _Product:
         rows = [bind((start + token) * self.row.stride) for token in range(tokens)]
         sums = [Register(vectors.lanes, vectors.splat(0.0)) for _ in range(tokens)]
         source.walk(tokens, lambda part: self._add(part, sums, rows))
-        if self.bias is not None:
-            biases = bind(vectors.load(self.bias, tile * TILE + first))
-            for total in sums:
-                total.set(total.get() + biases)
-        for token, total in enumerate(sums):
-            self.output.store(vectors, self.out, start + token, tile, first, total)
+        self.output.finish(vectors, sums, self.bias, self.out, start, tile, first)
 
     def _add(self, part: _SubBlock, sums: list[Register], rows: list[Expr]) -> None:
         """Add a sub-block to the sums; ``rows`` are where the tokens' activations begin."""

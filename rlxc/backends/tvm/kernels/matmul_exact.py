@@ -86,12 +86,7 @@ class _Product:
                 self._packed(TileReader(vectors, self.layout, self.weight, tile, first), sums, rows)
             else:
                 self._float(self.layout, tile, first, sums, rows)
-            if self.bias is not None:
-                biases = bind(vectors.load(self.bias, tile * TILE + first))
-                for total in sums:
-                    total.set(total.get() + biases)
-            for token, total in enumerate(sums):
-                self.output.store(vectors, self.out, start + token, tile, first, total)
+            self.output.finish(vectors, sums, self.bias, self.out, start, tile, first)
 
     def _float(
         self, layout: FloatLayout, tile: Expr, first: int, sums: list[Register], rows: list[Expr]

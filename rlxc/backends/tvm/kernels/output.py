@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm.tirx.script.builder import ir as T
 
-from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, Register, when
+from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, Register, bind, when
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import TILE
 
@@ -21,10 +22,27 @@ class OutputRows:
     rows: int
     stride: int
 
-    def store(
+    def finish(
+        self,
+        vectors: Vectors,
+        sums: Sequence[Register],
+        bias: Buffer | None,
+        out: Buffer,
+        start: Expr,
+        tile: Expr,
+        first: int,
+    ) -> None:
+        """Write the sums of tokens from ``start`` on, for a tile's rows from ``first`` on, with the bias if any."""
+        if bias is not None:
+            biases = bind(vectors.load(bias, tile * TILE + first))
+            for total in sums:
+                total.set(total.get() + biases)
+        for token, total in enumerate(sums):
+            self._store(vectors, out, start + token, tile, first, total)
+
+    def _store(
         self, vectors: Vectors, out: Buffer, token: Expr, tile: Expr, first: int, value: Register
     ) -> None:
-        """Write one token's results for the rows of a tile from ``first`` on, as many as a vector has."""
         row = tile * TILE + first
         at = T.cast(token, "int64") * self.stride + row
         last, rest = divmod(self.rows, TILE)

@@ -33,7 +33,6 @@ from rlxc.backends.tvm.layout import BLOCK
 from rlxc.errors import UnsupportedError
 from rlxc.ir import ops
 
-
 _LEAST = 1e-36
 """Blocks of smaller numbers are rounded to zero: 127 divided by them would not be finite."""
 

@@ -55,7 +55,8 @@ class Vectors:
         return Cast(f"float32x{self.lanes}", value)
 
     def widen_bf16(self, value: Expr) -> Expr:
-        """bf16, as u16, to f32: the upper half of its bits. (TVM's own conversion takes bound vectors for integers.)"""
+        """bf16, given as u16, as f32: the upper half of its bits."""
+        # TVM's own conversion takes a vector that is bound to a name for integers.
         return self.as_floats(Cast(f"int32x{self.lanes}", value) << self.splat(16, "int32"))
 
     def ints(self, value: Expr) -> Expr:
