@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import rlxc
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -19,3 +21,14 @@ def test_quickstart_prints_text_of_the_model(gemma_gguf: Path, tmp_path: Path) -
     )
     assert result.returncode == 0, result.stderr
     assert "the capital of" in result.stdout
+
+
+def test_synthetic_llama_is_a_model_that_runs(tmp_path: Path) -> None:
+    model = tmp_path / "tiny.gguf"
+    sizes = "--layers 3 --width 256 --heads 4 --kv-heads 2 --ffn 512 --vocab 512".split()
+    command = [sys.executable, str(EXAMPLES / "synthetic_llama.py"), str(model), *sizes]
+    subprocess.run(command, check=True, capture_output=True)
+    rlxc.compile(model, tmp_path / "tiny.rlx")
+    with rlxc.load(tmp_path / "tiny.rlx") as session:
+        logits = session.prefill([1, 2, 3])
+    assert 0.01 < float(logits.std()) < 100  # neither vanished nor exploded

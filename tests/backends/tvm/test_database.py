@@ -17,7 +17,6 @@ from tvm.s_tir.meta_schedule.database import JSONDatabase
 from rlxc.backends.tvm.database import RECORDS, WORKLOADS, Database, user_folder
 from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs, Number, Pointer
 from rlxc.backends.tvm.problem import Filled, Problem
-from rlxc.errors import ArtifactError
 
 SPACE = tuple({"tokens": tokens, "rows": rows} for tokens in (4, 8) for rows in (1, 2, 3))
 LLVM = tvm.target.Target({"kind": "llvm"})
