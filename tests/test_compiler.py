@@ -26,6 +26,8 @@ from rlxc.runtime import Session
 
 TESTS = Path(__file__).resolve().parent
 MAX_ANONYMOUS = 500 << 20
+QUICK: Any = {"backend": "onnx"}
+"""For tests to which the backend makes no difference: making machine code takes seconds."""
 MAX_GROWTH = {"onnx": 1.35, "tvm": 1.02}
 CompileGemma = Callable[[str, str], Path]
 
@@ -62,14 +64,14 @@ def test_nothing_in_an_artifact_names_where_it_was_made(
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 def test_options_are_recorded(tiny_gguf: Path, tmp_path: Path, activations: str) -> None:
-    artifact = rlxc.compile(tiny_gguf, tmp_path / "model.rlx", activations=activations, context=100)
+    artifact = rlxc.compile(tiny_gguf, tmp_path / "model.rlx", activations=activations, context=100, **QUICK)
     options = artifact.manifest.options
     assert (options.activations, options.context) == (activations, 100)
     assert artifact.manifest.kv_cache.context == 100
 
 
 def test_context_is_what_a_short_model_allows_by_default(tiny_gguf: Path, tmp_path: Path) -> None:
-    manifest = rlxc.compile(tiny_gguf, tmp_path / "model.rlx").manifest
+    manifest = rlxc.compile(tiny_gguf, tmp_path / "model.rlx", **QUICK).manifest
     assert manifest.options.context == manifest.model.trained_context == 256
 
 
@@ -123,15 +125,15 @@ def test_an_existing_output_is_refused_and_kept(tiny_gguf: Path, tmp_path: Path)
 
 def test_overwriting_replaces_an_artifact(tiny_gguf: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.rlx"
-    rlxc.compile(tiny_gguf, output, context=50)
-    rlxc.compile(tiny_gguf, output, context=60, overwrite=True)
+    rlxc.compile(tiny_gguf, output, context=50, **QUICK)
+    rlxc.compile(tiny_gguf, output, context=60, overwrite=True, **QUICK)
     assert Artifact.open(output).manifest.options.context == 60
     assert [path.name for path in tmp_path.iterdir()] == ["model.rlx"]
 
 
 def test_a_failed_overwrite_keeps_the_old_artifact(tiny_gguf: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.rlx"
-    rlxc.compile(tiny_gguf, output, context=50)
+    rlxc.compile(tiny_gguf, output, context=50, **QUICK)
 
     def stop(stage: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -183,7 +185,7 @@ def test_progress_never_goes_back(tiny_gguf: Path, tmp_path: Path) -> None:
 
 def test_trace_tells_of_every_pass(tiny_gguf: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    rlxc.compile(tiny_gguf, tmp_path / "model.rlx", trace=lines.append)
+    rlxc.compile(tiny_gguf, tmp_path / "model.rlx", trace=lines.append, **QUICK)
     names = [name for name in default_pass_names() if any(line.startswith(f"{name}: ") for line in lines)]
     assert names == default_pass_names()
 
@@ -213,7 +215,7 @@ def test_inspect_tells_a_model_s_formats(tiny_gguf: Path) -> None:
 
 
 def test_inspect_tells_an_artifact_s_options(tiny_gguf: Path, tmp_path: Path) -> None:
-    rlxc.compile(tiny_gguf, tmp_path / "model.rlx", context=99)
+    rlxc.compile(tiny_gguf, tmp_path / "model.rlx", context=99, **QUICK)
     info = rlxc.inspect(tmp_path / "model.rlx")
     assert info.architecture == "gemma3"
     assert info.details["options"] == {"activations": "int8", "context": 99}

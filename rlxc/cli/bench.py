@@ -56,9 +56,8 @@ class Bench:
 
     def __init__(self, session: Session, repetitions: int, progress: Progress) -> None:
         self._session, self._repetitions, self._progress = session, repetitions, progress
-        session.prefill(
-            [0]
-        )  # returns when the artifact's digests are compared, which is no part of any measurement
+        # Returns once the artifact's digests are compared, which is no part of any measurement.
+        session.prefill([0])
         session.reset()
 
     def prefill(self, count: int) -> Rates:
