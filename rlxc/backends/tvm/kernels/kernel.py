@@ -8,7 +8,7 @@ tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,20 +151,22 @@ class Register:
         T.buffer_store(self._buffer, value, self._place)
 
 
-def for_tokens(count: Expr, most: int, emit: Callable[[int, Expr], None]) -> None:
-    """Cover ``count`` tokens with pieces of fixed sizes: as many of ``most`` as fit, then smaller ones.
+def for_tokens(count: Expr, sizes: Sequence[int], emit: Callable[[int, Expr], None]) -> None:
+    """Cover ``count`` tokens with pieces of these sizes, as many of each as fit, the largest first and 1 last.
 
     ``emit(size, start)`` writes the code for ``size`` tokens from ``start`` on.
     """
-    whole = bind(count // most)
-    with serial(whole) as piece:
-        emit(most, piece * most)
-    rest, start = bind(count - whole * most), bind(whole * most)
-    size = 1 << (most - 1).bit_length() >> 1 if most > 1 else 0
-    while size:
-        with when((rest & size) != 0):
-            emit(size, start + (rest - rest % (2 * size)))
-        size >>= 1
+    start, rest = const(0, "int32"), count
+    for size in sizes:
+        pieces = bind(rest // size)
+        with serial(pieces) as piece:
+            emit(size, start + piece * size)
+        start, rest = bind(start + pieces * size), bind(rest - pieces * size)
+
+
+def pieces_of(most: int) -> tuple[int, ...]:
+    """Sizes for :func:`for_tokens` that are mostly ``most``; few sizes, because each is code."""
+    return (most, *(size for size in (4, 1) if size < most))
 
 
 TASKS = 16

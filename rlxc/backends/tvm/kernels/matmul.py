@@ -11,7 +11,7 @@ The second sum is there for formats with minimums only; in others the centre is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm.tirx import Cast
@@ -30,6 +30,7 @@ from rlxc.backends.tvm.kernels.kernel import (
     for_tokens,
     local,
     parallel,
+    pieces_of,
     serial,
     view,
 )
@@ -69,14 +70,14 @@ def matmul_kernel(
             for first in range(0, TILE, vectors.lanes):
                 packed = _Packed(TileReader(vectors, layout, weight, tile, first), knobs["prefetch"])
 
-                def multiply(source: _Packed | _Unpacked, first: int = first) -> None:
-                    for_tokens(count, at_once, lambda n, start: product.emit(source, tile, first, n, start))
+                def multiply(source: _Packed | _Unpacked, sizes: Sequence[int], first: int = first) -> None:
+                    for_tokens(count, sizes, lambda n, start: product.emit(source, tile, first, n, start))
 
                 with T.If(count >= _PASSES * at_once):
                     with T.Then():
-                        multiply(_Unpacked(vectors, layout, packed))
+                        multiply(_Unpacked(vectors, layout, packed), pieces_of(at_once))
                     with T.Else():
-                        multiply(packed)
+                        multiply(packed, [size for size in (8, 4, 2, 1) if size <= at_once])
 
     params = [Pointer("weight", "int8"), Pointer("activations", "int8")]
     if bias:

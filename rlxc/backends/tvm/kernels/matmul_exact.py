@@ -20,6 +20,7 @@ from rlxc.backends.tvm.kernels.kernel import (
     bind,
     for_tokens,
     parallel,
+    pieces_of,
     serial,
     view,
 )
@@ -50,7 +51,9 @@ def exact_matmul_kernel(
         product = _Product(vectors, knobs["prefetch"], layout, weight, x, stride, bias_buffer, out, output)
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
-            for_tokens(count, knobs["tokens"], lambda tokens, start: product.emit(tile, tokens, start))
+            for_tokens(
+                count, pieces_of(knobs["tokens"]), lambda tokens, start: product.emit(tile, tokens, start)
+            )
 
     params = [Pointer("weight", "int8"), Pointer("x", "float32")]
     if bias:
