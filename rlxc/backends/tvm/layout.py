@@ -11,6 +11,7 @@ integers are narrower), and a kernel reads each byte once, in order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +50,7 @@ class Section:
     tile_bytes: int
 
 
-class _Layout:
+class _Layout(ABC):
     """What packed and float layouts share: tiles of rows, and sections one after the other."""
 
     rows: int
@@ -59,9 +60,9 @@ class _Layout:
         """Tiles of rows; the last one may be padded with zeros."""
         return -(-self.rows // TILE)
 
+    @abstractmethod
     def tile_bytes(self) -> dict[str, int]:
         """Bytes that a tile has of each section, in order."""
-        raise NotImplementedError
 
     @cached_property
     def sections(self) -> dict[str, Section]:
