@@ -4,9 +4,9 @@ Sixteen rows make a tile, because sixteen sums fill a vector register. In a tile
 side, since one instruction multiplies and adds four; eight such groups make a block of 32 columns. Codes keep their
 width: they are cut into planes of 1, 2, 4 or 8 bits (five bits are four and one), and a plane of ``w`` bits takes
 ``w`` vectors of 64 bytes for a block, in which group ``g`` has the bits from ``g // w * w`` on of vector ``g % w``.
-Scales lie as they are stored in the model file, f16 and small integers, sixteen rows side by side, an integer in a byte.
-So every number of a weight is exact, it takes the bytes it had (2 to 4 % more in Q3_K to Q5_K, 19 % in Q2_K, whose
-integers are narrower), and a kernel reads each byte once, in order.
+Scales lie as they are stored in the model file, f16 and small integers, sixteen rows side by side, an integer in a
+byte. So every number of a weight is exact, it takes the bytes it had (2 to 4 % more in Q3_K to Q5_K, 19 % in Q2_K,
+whose integers are narrower), and a kernel reads each byte once, in order.
 """
 
 from __future__ import annotations
