@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +26,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     on_onnx = getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "tvm"
     if on_onnx and item.get_closest_marker("needs_ring") and not installed_runtime().has_ring:
         pytest.skip("this ONNX Runtime has no ring caches")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user tuned must not decide what the tests compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLXC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -156,6 +156,21 @@ def test_compile_writes_an_artifact_and_says_where(gemma_gguf: Path, tmp_path: P
     assert manifest["kv_cache"]["context"] == 256
 
 
+def test_compile_says_what_it_knows_of_tuning(gemma_gguf: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    from rlxc.backends.tvm.targets import native_target
+
+    records = tmp_path / "cache" / "tuned" / native_target().name / "records.json"
+    records.parent.mkdir(parents=True)
+    records.write_text("{broken\n")
+    records.with_name("workloads.json").write_text("")
+    command = ["compile", gemma_gguf, "-o", tmp_path / "g.rlx", "--backend", "tvm", "--context", 256]
+    result = call(*command, cache=tmp_path / "cache")
+    assert result.exit_code == 0, result.output
+    assert f"{records}, line 1: no tuning result that can be read" in result.stderr
+    assert "use the defaults; to measure them: rlxc tune" in result.stderr
+
+
 def test_compile_keeps_an_artifact_that_is_there(gemma_gguf: Path, gemma_artifact: Path) -> None:
     before = (gemma_artifact / "manifest.json").stat()
     assert_one_line_error(call("compile", gemma_gguf, "-o", gemma_artifact), str(gemma_artifact), "--force")

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +164,8 @@ def _compile(
             "exists already", source=output, remedy="replace it with --force, or give another path"
         )
     started = time.perf_counter()
-    with progress_bars() as progress:
+    with warnings.catch_warnings(record=True) as warned, progress_bars() as progress:
+        warnings.simplefilter("always", UserWarning)
         artifact = rlxc.compile(
             model,
             output,
@@ -178,6 +180,15 @@ def _compile(
     size = sum(entry.size for entry in artifact.manifest.files.values())
     context = artifact.manifest.options.context
     print(f"{output}: {megabytes(size)}, context {context}, in {time.perf_counter() - started:.1f} s")
+    for warning in warned:
+        note(f"warning: {warning.message}")
+    for library in artifact.manifest.target.libraries:
+        untuned = library.problems - library.tuned
+        if untuned:
+            note(
+                f"{library.target}: {untuned} of {library.problems} kernels and shapes have no tuning results and use "
+                f"the defaults; to measure them: rlxc tune {model}"
+            )
 
 
 @app.command("run")
