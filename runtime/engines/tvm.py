@@ -38,8 +38,8 @@ class TvmCache:
     def __init__(self, plan: KvPlan) -> None:
         self.position = 0
         size = sum(2 * _align(_cache_bytes(layer)) for layer in plan.layers)
-        self._memory = mmap.mmap(-1, size)
-        self.address = np.frombuffer(self._memory, np.int8).ctypes.data
+        self._memory = _private_memory(size)
+        self.address = self._memory.ctypes.data
 
 
 def _cache_bytes(layer: Any) -> int:
@@ -64,7 +64,7 @@ class TvmEngine:
         self._threads = threads
         pool_of(threads)
         self._weights = _map_tensors(artifact.file(WEIGHTS))
-        self._workspace = np.frombuffer(mmap.mmap(-1, library.workspace), np.int8)
+        self._workspace = _private_memory(library.workspace)
         self.ticks: Int64s = np.zeros(library.calls + 1, np.int64)
         self._anchor = self._workspace[:1]
         self._module, self._step = _load_object(artifact.file(library.file))
@@ -103,6 +103,11 @@ class TvmEngine:
     def close(self) -> None:
         """Release the model's memory."""
         del self._step, self._module, self._fixed, self._weights
+
+
+def _private_memory(size: int) -> npt.NDArray[np.int8]:
+    """Zeros, which a forked process has to itself: by default, such a mapping is shared with it."""
+    return np.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), np.int8)
 
 
 def _align(size: int) -> int:
