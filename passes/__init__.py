@@ -4,6 +4,20 @@ if __name__ != "rlxc.passes":
     raise ImportError(f"import this package as rlxc.passes, not as {__name__}")
 
 from rlxc.passes.base import NoMatch, Pass, PassResult
-from rlxc.passes.pipeline import PassReport, PipelineResult, default_passes, run_passes
+from rlxc.passes.choose_lora_strategy import ChooseLoraStrategy, LoraMode
+from rlxc.passes.fold_lora import Delta
+from rlxc.passes.pipeline import PassReport, PipelineResult, WeightChanges, default_passes, run_passes
 
-__all__ = ["NoMatch", "Pass", "PassReport", "PassResult", "PipelineResult", "default_passes", "run_passes"]
+__all__ = [
+    "ChooseLoraStrategy",
+    "Delta",
+    "LoraMode",
+    "NoMatch",
+    "Pass",
+    "PassReport",
+    "PassResult",
+    "PipelineResult",
+    "WeightChanges",
+    "default_passes",
+    "run_passes",
+]

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from rlxc.dtypes import DType
 from rlxc.errors import OptionError, VerifyError
 from rlxc.ir import Graph, verify
 from rlxc.ir.target import TargetFeatures
 from rlxc.passes.base import NoMatch, Pass
 from rlxc.passes.fold_constants import FoldConstants
+from rlxc.passes.fold_lora import Delta, FoldLora
 from rlxc.passes.fuse_gated_mlp import FuseGatedMlp
 from rlxc.passes.fuse_norm import FuseNorm
 from rlxc.passes.fuse_qkv import FuseQkv
 from rlxc.passes.fuse_rope_attention import FuseRopeAttention
+from rlxc.passes.quantize_weights import QuantizeWeights
 from rlxc.passes.remove_dead import RemoveDead
 from rlxc.passes.resolve_tied_aliases import ResolveTiedAliases
 from rlxc.passes.schedule_kv_cache import ScheduleKvCache
 from rlxc.passes.select_rows_early import SelectRowsEarly
 from rlxc.passes.share_common import ShareCommon
+from rlxc.passes.split_lora import SplitLora
 
 
-def default_passes(features: TargetFeatures, *, context: int, max_step: int) -> list[Pass]:
+@dataclass(frozen=True)
+class WeightChanges:
+    """What the user wants done to weights.
+
+    Attributes:
+        formats: to encode matrices in, by their names.
+        folded: adapters' deltas by the matrix that they are folded into, and ``fold_to`` the format of the result.
+        split: matrices that take adapters at run time.
+    """
+
+    formats: Mapping[str, DType] = field(default_factory=dict)
+    folded: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
+    fold_to: Mapping[str, DType] = field(default_factory=dict)
+    split: frozenset[str] = frozenset()
+
+
+def default_passes(
+    features: TargetFeatures, *, context: int, max_step: int, changes: WeightChanges
+) -> list[Pass]:
     """What happens to every model on its way to a target, in this order."""
     return [
+        FoldLora(changes.folded, changes.fold_to),  # while every matrix is one tensor of the file
+        QuantizeWeights(changes.formats),  # likewise
         ResolveTiedAliases(),  # one matrix for embedding and logits, seen by every later pass
         FoldConstants(),  # so that patterns find plain constants
         ShareCommon(),  # so that what is equal has one name
@@ -32,6 +56,7 @@ def default_passes(features: TargetFeatures, *, context: int, max_step: int) -> 
         FuseNorm(with_residual=features.add_rms_norm),
         FuseQkv(features),  # looks through norm, rope and growing cache
         FuseGatedMlp(features),
+        SplitLora(changes.split),  # one side path for what is one product
         ScheduleKvCache(features, context=context, max_step=max_step),
         FuseRopeAttention(features),  # needs the scheduled caches
         RemoveDead(),  # what the passes above left without users

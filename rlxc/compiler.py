@@ -36,7 +36,7 @@ from rlxc.ir import Graph, show
 from rlxc.ir.target import TargetFeatures
 from rlxc.ir.text import show_recipe
 from rlxc.models import Config, build_model
-from rlxc.passes import PipelineResult, default_passes, run_passes
+from rlxc.passes import PipelineResult, WeightChanges, default_passes, run_passes
 from rlxc.vocab import build_tokenizer
 from rlxc.weights.gguf import GgufFile, open_gguf
 from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, registry_from_gguf
@@ -124,6 +124,8 @@ def compile(
                     name=_text(file.metadata, "general.name"),
                     fingerprint=file.fingerprint(),
                     layers=config.layers,
+                    heads=config.heads,
+                    kv_heads=config.kv_heads,
                     vocab_size=config.vocab,
                     trained_context=config.trained_context,
                 ),
@@ -209,7 +211,7 @@ def _lower(
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> PipelineResult:
-    passes = default_passes(features, context=context, max_step=_max_step(context))
+    passes = default_passes(features, context=context, max_step=_max_step(context), changes=WeightChanges())
     return run_passes(graph, passes, trace=trace, stop_after=after)
 
 

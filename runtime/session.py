@@ -74,7 +74,7 @@ class Session:
     def __init__(
         self,
         artifact: Artifact,
-        engine: Engine[Any],
+        engine: Engine[Any, Any],
         verification: Verification,
         read_tokenizer: ReadTokenizer,
     ) -> None:
@@ -114,7 +114,7 @@ class Session:
         )
 
     @property
-    def engine(self) -> Engine[Any]:
+    def engine(self) -> Engine[Any, Any]:
         """What runs the model's steps, for tools that measure it; it knows nothing of the session's sequence."""
         return self._engine
 

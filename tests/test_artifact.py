@@ -44,7 +44,9 @@ from rlxc.errors import ArtifactError
 DIGEST = "0123456789abcdef" * 4
 MANIFEST = Manifest(
     rlxc="0.1.0",
-    model=ModelFacts("gemma3", "tiny", DIGEST, layers=2, vocab_size=32, trained_context=1024),
+    model=ModelFacts(
+        "gemma3", "tiny", DIGEST, layers=2, heads=4, kv_heads=2, vocab_size=32, trained_context=1024
+    ),
     target=TargetFacts("onnx", "onnxruntime>=1.31"),
     options=Options("int8", context=64),
     kv_cache=KvPlan(
@@ -65,7 +67,7 @@ FULL = replace(
         MANIFEST.target,
         libraries=(Library("model.x86-64-v3.o", "x86-64-v3", "x86_64", ("avx2", "fma"), 4096, 7, 5, 3),),
     ),
-    adapters=(AdapterEntry("style", DIGEST, 0.5),),
+    adapters=(AdapterEntry("style", DIGEST, 0.5, ("blk.0.attn_q.weight",), None),),
     files={"model.onnx": FileEntry(7, DIGEST), "model.x86-64-v3.o": FileEntry(9, DIGEST)},
 )
 TREE = json.loads(FULL.to_json())

@@ -30,7 +30,9 @@ def test_ticks_are_shares_of_the_step() -> None:
 
 MANIFEST = Manifest(
     rlxc="0.1.0",
-    model=ModelFacts("llama", "tiny", "0" * 64, layers=1, vocab_size=10, trained_context=8),
+    model=ModelFacts(
+        "llama", "tiny", "0" * 64, layers=1, heads=4, kv_heads=2, vocab_size=10, trained_context=8
+    ),
     target=TargetFacts("onnx", "onnxruntime>=1.0"),
     options=Options("int8", context=8),
     kv_cache=KvPlan(8, 8, 32, ()),

@@ -21,7 +21,7 @@ from rlxc.artifact import Artifact, BackendName
 from rlxc.backends import get_backend
 from rlxc.compiler import lower
 from rlxc.errors import ArtifactError, FormatError, OptionError, RlxcError, UnsupportedError
-from rlxc.passes import default_passes
+from rlxc.passes import WeightChanges, default_passes
 from rlxc.runtime import Session
 
 TESTS = Path(__file__).resolve().parent
@@ -191,7 +191,7 @@ def test_trace_tells_of_every_pass(tiny_gguf: Path, tmp_path: Path) -> None:
 
 
 def default_pass_names() -> list[str]:
-    passes = default_passes(get_backend("onnx").features, context=256, max_step=256)
+    passes = default_passes(get_backend("onnx").features, context=256, max_step=256, changes=WeightChanges())
     return [one.name for one in passes]
 
 

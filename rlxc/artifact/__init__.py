@@ -4,13 +4,13 @@ It is written under a hidden name and renamed when complete, so that whatever ha
 opened with every field, size and digest checked. Digests find damage; they are not signatures.
 """
 
+from rlxc.artifact.fields import Activations, BackendName
+from rlxc.artifact.lora import UNIT_RANK, LoraGroup, LoraPart, LoraPlan
 from rlxc.artifact.manifest import (
     FORMAT,
     MANIFEST,
     VERSION,
-    Activations,
     AdapterEntry,
-    BackendName,
     FileEntry,
     KvLayer,
     KvPlan,
@@ -28,6 +28,7 @@ from rlxc.artifact.write import ArtifactWriter, FileWriter
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "UNIT_RANK",
     "VERSION",
     "Activations",
     "AdapterEntry",
@@ -39,6 +40,9 @@ __all__ = [
     "KvLayer",
     "KvPlan",
     "Library",
+    "LoraGroup",
+    "LoraPart",
+    "LoraPlan",
     "Manifest",
     "ModelFacts",
     "Options",

@@ -1,52 +1,35 @@
 """What ``manifest.json`` says: typed, and checked field by field when it is read.
 
-The dataclasses are the schema. A field's annotation gives its type and, through :class:`_Rule`, its range; one reader
-follows the annotations, so that a new field needs no code.
+The dataclasses are the schema. A field's annotation gives its type and, through a rule of ``fields.py``, its range; one
+reader follows the annotations, so that a new field needs no code.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from rlxc.artifact.fields import (
+    Activations,
+    Bytes,
+    Count,
+    FileName,
+    Finite,
+    Index,
+    Sha256,
+    text,
+)
+from rlxc.artifact.lora import UNIT_RANK, LoraPlan
 from rlxc.dtypes import DType
 from rlxc.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "rlxc-artifact"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What a value must be, beyond its type."""
-
-    says: str
-    holds: Callable[[Any], bool]
-
-
-def _integer(low: int, high: int) -> _Rule:
-    return _Rule(f"an integer in {low}..{high}", lambda value: low <= value <= high)
-
-
-def _text(says: str, pattern: str) -> _Rule:
-    return _Rule(says, lambda value: re.fullmatch(pattern, value) is not None)
-
-
-BackendName = Literal["tvm", "onnx"]
-Activations = Literal["int8", "float32"]
-Count = Annotated[int, _integer(1, 2**31 - 1)]
-Index = Annotated[int, _integer(0, 2**31 - 1)]
-Bytes = Annotated[int, _integer(0, 2**62)]
-Finite = Annotated[float, _Rule("finite", math.isfinite)]
-Sha256 = Annotated[str, _text("64 hexadecimal digits", r"[0-9a-f]{64}")]
-FileName = Annotated[str, _text("a plain file name", r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")]
 
 
 @dataclass(frozen=True)
@@ -57,6 +40,8 @@ class ModelFacts:
     name: str
     fingerprint: Sha256
     layers: Count
+    heads: Count
+    kv_heads: Count
     vocab_size: Count
     trained_context: Count
 
@@ -72,9 +57,9 @@ class Library:
     """
 
     file: FileName
-    target: Annotated[str, _text("a target's name", r"[a-z0-9][a-z0-9_.-]{0,63}")]
-    machine: Annotated[str, _text("an architecture's name", r"[a-z0-9_]{1,32}")]
-    needs: tuple[Annotated[str, _text("a CPU feature's name", r"[a-z0-9_]{1,32}")], ...]
+    target: Annotated[str, text("a target's name", r"[a-z0-9][a-z0-9_.-]{0,63}")]
+    machine: Annotated[str, text("an architecture's name", r"[a-z0-9_]{1,32}")]
+    needs: tuple[Annotated[str, text("a CPU feature's name", r"[a-z0-9_]{1,32}")], ...]
     workspace: Count
     calls: Count
     problems: Index
@@ -89,7 +74,7 @@ class TargetFacts:
     machine code lists its ``libraries``, the best first; a machine loads the first that its CPU can run.
     """
 
-    backend: Annotated[str, _text("a backend's name", r"[a-z0-9_]{1,32}")]
+    backend: Annotated[str, text("a backend's name", r"[a-z0-9_]{1,32}")]
     runs_on: str
     libraries: tuple[Library, ...] = ()
 
@@ -152,11 +137,17 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """A LoRA adapter compiled into the artifact."""
+    """A LoRA adapter that was compiled in.
+
+    It was ``folded`` into weights, and is a part of them at this scale; or it lies in ``file``, and a new session's
+    stack begins with it at this scale; or both, for different matrices: then it cannot be taken away.
+    """
 
     name: str
     fingerprint: Sha256
     scale: Finite
+    folded: tuple[str, ...]
+    file: FileName | None
 
 
 @dataclass(frozen=True)
@@ -178,6 +169,7 @@ class Manifest:
     kv_cache: KvPlan
     tokenizer: TokenizerFacts
     weights: tuple[WeightEntry, ...]
+    lora: LoraPlan | None = None
     adapters: tuple[AdapterEntry, ...] = ()
     files: Mapping[FileName, FileEntry] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -316,7 +308,23 @@ def _check_consistency(manifest: Manifest) -> None:
     for i, library in enumerate(manifest.target.libraries):
         if library.file not in manifest.files:
             raise _Mismatch(f"target.libraries[{i}].file is {library.file!r}, which is not among the files")
+    _check_lora(manifest)
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     for token in (*bos, *tokenizer.eos_ids):
         if token >= model.vocab_size:
             raise _Mismatch(f"tokenizer names token {token}, the vocabulary has {model.vocab_size}")
+
+
+def _check_lora(manifest: Manifest) -> None:
+    lora = manifest.lora
+    if lora is not None:
+        if lora.dtype not in (DType.F32, DType.F16):
+            raise _Mismatch(f"lora.dtype must be f32 or f16, got {lora.dtype}")
+        if lora.max_rank % UNIT_RANK:
+            raise _Mismatch(f"lora.max_rank must be a multiple of {UNIT_RANK}, got {lora.max_rank}")
+        for part in lora.parts:
+            if part.first_row + part.rows > part.up_rows:
+                raise _Mismatch(f"lora: {part.tensor} does not fit into the {part.up_rows} rows of {part.up}")
+    for i, adapter in enumerate(manifest.adapters):
+        if adapter.file is not None and (lora is None or adapter.file not in manifest.files):
+            raise _Mismatch(f"adapters[{i}].file is {adapter.file!r}, which is not among the files")

@@ -1,6 +1,19 @@
 """The graph IR: ops with shape rules, a verifier, a text form, and a numpy interpreter as the oracle."""
 
-from rlxc.ir.graph import Alias, Concat, Dim, Graph, Node, Recipe, Source, TensorType, Value, Weight
+from rlxc.ir.graph import (
+    Alias,
+    Concat,
+    Dim,
+    Encode,
+    Fold,
+    Graph,
+    Node,
+    Recipe,
+    Source,
+    TensorType,
+    Value,
+    Weight,
+)
 from rlxc.ir.rope import RopeSpec, Yarn
 from rlxc.ir.text import parse, show
 from rlxc.ir.verify import verify
@@ -9,6 +22,8 @@ __all__ = [
     "Alias",
     "Concat",
     "Dim",
+    "Encode",
+    "Fold",
     "Graph",
     "Node",
     "Recipe",

@@ -61,7 +61,35 @@ class Concat:
     parts: tuple[Weight, ...]
 
 
-Recipe = Source | Alias | Concat
+@dataclass(frozen=True)
+class Encode:
+    """The values of another weight, encoded anew in this weight's format."""
+
+    part: Weight
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A LoRA adapter folded in, in f32: ``base + scale * B A``, with ``a`` ``[rank, in]`` and ``b`` ``[out, rank]``.
+
+    With a magnitude ``[out]`` (DoRA, Liu et al. 2024) each row of that is scaled to have this length. A transposed
+    fold is an embedding's: ``base + scale * (B A)^T``, with ``a`` ``[rank, vocab]`` and ``b`` ``[N, rank]``.
+    """
+
+    base: Weight
+    a: Weight
+    b: Weight
+    scale: float
+    magnitude: Weight | None = None
+    transposed: bool = False
+
+    @property
+    def parts(self) -> tuple[Weight, ...]:
+        """The weights that it reads."""
+        return (self.base, self.a, self.b, *([self.magnitude] if self.magnitude else []))
+
+
+Recipe = Source | Alias | Concat | Encode | Fold
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,10 @@ class Weight:
                 return ()
             case Concat(parts):
                 return tuple(tensor for part in parts for tensor in part.tensors)
+            case Encode(part):
+                return part.tensors
+            case Fold():
+                return tuple(tensor for part in self.recipe.parts for tensor in part.tensors)
 
 
 @dataclass(frozen=True)

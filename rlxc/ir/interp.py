@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rlxc.errors import GraphError
 from rlxc.ir import ops
-from rlxc.ir.graph import Alias, Concat, Graph, Source, Weight
+from rlxc.ir.graph import Alias, Concat, Encode, Fold, Graph, Source, Weight
 from rlxc.ir.rope import RopeSpec
 
 Array = npt.NDArray[np.generic]
@@ -55,6 +55,16 @@ def weight_array(graph: Graph, weight: Weight, read: ReadTensor) -> Floats:
             return weight_array(graph, graph.stored(weight), read)
         case Concat(parts):
             return np.concatenate([weight_array(graph, part, read) for part in parts])
+        case Encode(part):
+            # The oracle of what a graph means, not of what encoding loses.
+            return weight_array(graph, part, read)
+        case Fold() as fold:
+            base, a, b, *magnitude = (weight_array(graph, part, read) for part in fold.parts)
+            delta = fold.scale * b @ a
+            folded = base + (delta.T if fold.transposed else delta)
+            if magnitude:
+                folded *= (magnitude[0] / np.linalg.norm(folded, axis=1))[:, None]
+            return folded
 
 
 def evaluate(op: ops.Op, inputs: list[Array]) -> tuple[Array, ...]:
@@ -154,6 +164,31 @@ def _(op: ops.Embed, ids: npt.NDArray[np.int64], table: Floats) -> Array:
 @_evaluate.register(ops.DequantMatMul)
 def _(op: ops.Op, x: Floats, weight: Floats, bias: Floats | None = None) -> Array:
     return x @ weight.T if bias is None else x @ weight.T + bias
+
+
+@_evaluate.register
+def _(op: ops.LoraDown, x: Floats, a: Floats, scales: Floats) -> Array:
+    return np.asarray(np.einsum("bsi,bpri->bspr", x, a) * scales[:, None, None])
+
+
+@_evaluate.register
+def _(op: ops.LoraMatMul, x: Floats, weight: Floats, *rest: Floats) -> Array:
+    *bias, u, b = rest
+    y = np.asarray(x @ weight.T + (bias[0] if bias else 0))
+    start = 0
+    for part, size in enumerate(op.sizes, op.first):
+        rows = slice(start, start + size)
+        y[..., rows] += np.einsum("bsr,bor->bso", u[:, :, part], b[:, rows])
+        start += size
+    return y
+
+
+@_evaluate.register
+def _(
+    op: ops.LoraEmbed, x: Floats, ids: npt.NDArray[np.int64], a: Floats, scales: Floats, b: Floats
+) -> Array:
+    gathered = np.take_along_axis(a, ids[..., None], axis=1) * scales[:, None]
+    return np.asarray(x + np.einsum("bsr,bor->bso", gathered, b))
 
 
 @_evaluate.register

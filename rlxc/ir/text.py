@@ -23,7 +23,20 @@ from collections.abc import Iterator
 from rlxc.dtypes import DType
 from rlxc.errors import ParseError
 from rlxc.ir import ops
-from rlxc.ir.graph import Alias, Concat, Dim, Graph, Node, Recipe, Source, TensorType, Value, Weight
+from rlxc.ir.graph import (
+    Alias,
+    Concat,
+    Dim,
+    Encode,
+    Fold,
+    Graph,
+    Node,
+    Recipe,
+    Source,
+    TensorType,
+    Value,
+    Weight,
+)
 from rlxc.ir.rope import RopeSpec, Yarn
 
 _OPS: dict[str, type[ops.Op]] = {
@@ -53,6 +66,11 @@ def show_recipe(weight: Weight) -> str:
             return f"alias(@{target})"
         case Concat(parts):
             return f"concat({', '.join(map(_show_weight, parts))})"
+        case Encode(part):
+            return f"encode({_show_weight(part)})"
+        case Fold() as fold:
+            parts_of = ", ".join(map(_show_weight, fold.parts))
+            return f"{'fold_transposed' if fold.transposed else 'fold'}({parts_of}, {fold.scale!r})"
 
 
 def _show_weight(weight: Weight) -> str:
@@ -124,6 +142,7 @@ def parse(text: str) -> Graph:
 
 
 _TOKEN = re.compile(r'\s*(%[\w.+/\-]+|@[\w.+/\-]+|[A-Za-z_]\w*|"[^"]*"|[=:;,()\[\]])')
+_NUMBER = re.compile(r"\s*(-?[\d.]+(?:e[+-]?\d+)?)")
 _DIM = re.compile(r"\w+(?:\+\w+)*")
 
 
@@ -194,23 +213,47 @@ class _Reader:
         type_ = self.type()
         recipe: Recipe = Source(name)
         if self.take("="):
-            kind = self.next("source, alias or concat")
-            self.expect("(")
-            if kind == "source":
-                recipe = Source(self.next("a tensor name").strip('"'))
-            elif kind == "alias":
-                recipe = Alias(self.name("@", typed=False))
-            elif kind == "concat":
-                recipe = Concat(tuple(self._parts()))
-            else:
-                raise self.fail(f"source, alias or concat instead of {kind!r}")
-            self.expect(")")
+            recipe = self._recipe()
         return Weight(name, type_, recipe)
 
+    def _recipe(self) -> Recipe:
+        kind = self.next("a recipe")
+        self.expect("(")
+        recipe: Recipe
+        if kind == "source":
+            recipe = Source(self.next("a tensor name").strip('"'))
+        elif kind == "alias":
+            recipe = Alias(self.name("@", typed=False))
+        elif kind == "concat":
+            recipe = Concat(tuple(self._parts()))
+        elif kind == "encode":
+            recipe = Encode(self.weight())
+        elif kind in ("fold", "fold_transposed"):
+            parts = list(self._parts())
+            if len(parts) not in (3, 4):
+                raise self.fail(f"3 or 4 weights instead of {len(parts)}")
+            magnitude = parts[3] if parts[3:] else None
+            base, a, b = parts[:3]
+            recipe = Fold(base, a, b, self._number(), magnitude, kind == "fold_transposed")
+        else:
+            raise self.fail(f"source, alias, concat, encode or fold instead of {kind!r}")
+        self.expect(")")
+        return recipe
+
     def _parts(self) -> Iterator[Weight]:
+        """Weights with commas between; a comma after the last is taken too."""
         yield self.weight()
         while self.take(","):
+            if self.peek()[:1] != "@":
+                return
             yield self.weight()
+
+    def _number(self) -> float:
+        found = _NUMBER.match(self.line, self.at)
+        if not found:
+            raise self.fail("a number")
+        self.at = found.end()
+        return float(found.group(1))
 
     def node(self) -> tuple[Node, list[TensorType]]:
         outputs = [self.name("%", typed=False)]

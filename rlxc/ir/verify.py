@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from rlxc.dtypes import DType
 from rlxc.errors import GraphError, VerifyError
-from rlxc.ir.graph import Alias, Concat, Graph, Node, Weight
+from rlxc.ir.graph import Alias, Concat, Dim, Encode, Fold, Graph, Node, TensorType, Weight
 
 
 def verify(graph: Graph, *, after: str = "") -> None:
@@ -64,6 +65,27 @@ def _check_recipe(graph: Graph, weight: Weight) -> None:
                 )
             for part in parts:
                 _check_recipe(graph, part)
+        case Encode(part):
+            if part.type.shape != weight.type.shape:
+                raise GraphError(f"@{weight.name} is {weight.type}, it encodes {part.type}")
+            _check_recipe(graph, part)
+        case Fold() as fold:
+            _check_fold(weight, fold)
+            for part in fold.parts:
+                _check_recipe(graph, part)
+
+
+def _check_fold(weight: Weight, fold: Fold) -> None:
+    if weight.type.dtype is not DType.F32 or weight.type.shape != fold.base.type.shape:
+        raise GraphError(f"@{weight.name} is {weight.type}, it folds into {fold.base.type} in f32")
+    rank = fold.a.type.shape[0]
+    out, columns = weight.type.shape[::-1] if fold.transposed else weight.type.shape
+    expected: list[tuple[Dim, ...]] = [(rank, columns), (out, rank)]
+    if fold.magnitude is not None:
+        expected.append(weight.type.shape[:1])
+    for part, shape in zip(fold.parts[1:], expected):
+        if part.type != TensorType(DType.F32, shape):
+            raise GraphError(f"@{weight.name} is {weight.type}, it cannot fold @{part.name}: {part.type}")
 
 
 def _check_types(graph: Graph) -> None:

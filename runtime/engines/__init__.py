@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rlxc.artifact import Artifact, Verification
 from rlxc.errors import SessionError
 from rlxc.runtime.cpu import choose_library
-from rlxc.runtime.logits import StepLogits
+from rlxc.runtime.logits import Floats, StepLogits
 
 
 class Cache(Protocol):
@@ -23,11 +23,33 @@ class Cache(Protocol):
         """The number of tokens held."""
 
 
+class Prepared(Protocol):
+    """A LoRA adapter in the engine's own memory."""
+
+    @property
+    def units(self) -> int:
+        """How many units of 16 ranks it takes of a stack."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+
+
 C = TypeVar("C", bound=Cache)
+P = TypeVar("P", bound=Prepared)
+
+Mix = Sequence[tuple[P, float]]
+"""A sequence's stack of adapters, each with its scale."""
+
+Pairs = Mapping[str, tuple[Floats, Floats]]
+"""An adapter's numbers by the matrix that they change: A ``f32 [rank, in]`` and B ``f32 [out, rank]``.
+
+B is multiplied by alpha / rank already. Those of an embedding are A ``f32 [rank, vocab]`` and B ``f32 [N, rank]``.
+"""
 
 
-class Engine(Protocol[C]):
-    """A loaded model, with its own kind of cache. One step at a time."""
+class Engine(Protocol[C, P]):
+    """A loaded model, with its own kind of cache and of adapters. One step at a time."""
 
     @property
     def vocab_size(self) -> int:
@@ -52,8 +74,15 @@ class Engine(Protocol[C]):
         not know.
         """
 
+    def prepare(self, pairs: Pairs) -> P:
+        """Lay out an adapter as the model reads it; every matrix is one of the artifact's plan, and shapes fit."""
+
     def step(
-        self, caches: Sequence[C], ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+        self,
+        caches: Sequence[C],
+        ids: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        mixes: Sequence[Mix[P]] = (),
     ) -> StepLogits:
         """Run tokens after what each cache holds, and append them to it.
 
@@ -61,13 +90,14 @@ class Engine(Protocol[C]):
             caches: ``B`` different ones, each with room for ``S`` more tokens.
             ids: ``[B, S]`` tokens of the vocabulary, 1 ... ``max_step`` in all.
             rows: ``[R]``, the positions in 0 ... S - 1 whose logits are wanted, the same of each sequence; maybe none.
+            mixes: ``B`` stacks of adapters, one for each sequence; none at all means that every stack is empty.
         """
 
     def close(self) -> None:
         """Release the model and all caches."""
 
 
-MakeEngine = Callable[[Artifact, int], Engine[Any]]
+MakeEngine = Callable[[Artifact, int], Engine[Any, Any]]
 """Loads the model of an artifact, to run with so many threads."""
 
 

@@ -196,7 +196,7 @@ def load_graph(backend: BackendName, tmp_path_factory: pytest.TempPathFactory) -
             vocab = int(graph.types["logits"].shape[-1])
             manifest = Manifest(
                 rlxc="0.1.0",
-                model=ModelFacts("graph", "random", "0" * 64, len(plan.layers), vocab, plan.context),
+                model=ModelFacts("graph", "random", "0" * 64, len(plan.layers), 1, 1, vocab, plan.context),
                 target=TargetFacts(made.name, made.runs_on, libraries),
                 options=Options(activations, plan.context),
                 kv_cache=plan,

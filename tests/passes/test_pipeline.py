@@ -11,7 +11,7 @@ import pytest
 from rlxc.errors import OptionError, VerifyError
 from rlxc.ir import Graph, Node, ops, parse, show
 from rlxc.ir.target import TargetFeatures
-from rlxc.passes import Pass, PassResult, default_passes, run_passes
+from rlxc.passes import Pass, PassResult, WeightChanges, default_passes, run_passes
 from rlxc.passes.remove_dead import RemoveDead
 from rlxc.passes.share_common import ShareCommon
 
@@ -74,7 +74,7 @@ class StatesFact(Pass):
 
 
 def pipeline(features: TargetFeatures) -> list[Pass]:
-    return default_passes(features, context=20, max_step=4)
+    return default_passes(features, context=20, max_step=4, changes=WeightChanges())
 
 
 @pytest.mark.parametrize("with_everything", [True, False])

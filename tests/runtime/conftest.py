@@ -66,7 +66,9 @@ def tokenizer_json() -> bytes:
 
 MANIFEST = Manifest(
     rlxc="0.1.0",
-    model=ModelFacts("gemma3", "tiny", "0" * 64, layers=1, vocab_size=VOCAB, trained_context=CONTEXT),
+    model=ModelFacts(
+        "gemma3", "tiny", "0" * 64, layers=1, heads=4, kv_heads=2, vocab_size=VOCAB, trained_context=CONTEXT
+    ),
     target=TargetFacts("onnx", installed_runtime().name),
     options=Options("int8", context=CONTEXT),
     kv_cache=KvPlan(CONTEXT, MAX_STEP, 32, (KvLayer(0, "linear", CONTEXT, None, 1, 4, DType.F32, 32),)),

@@ -1,0 +1,110 @@
+"""Decides, matrix by matrix, whether adapters are folded into it or split off to its side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlxc.dtypes import DType
+from rlxc.errors import OptionError
+from rlxc.ir import Graph, Weight
+from rlxc.passes.base import Pass, PassResult
+from rlxc.passes.fold_lora import Delta
+
+LoraMode = Literal["auto", "split", "fold"]
+"""``split`` keeps adapters swappable, ``fold`` makes them part of the weights, ``auto`` asks the cost model."""
+
+ERROR_BUDGET = 0.01
+"""What encoding a folded matrix anew may cost by default: relative error, as root mean square."""
+
+_UNIT = 16  # ranks are kept in units of so many
+_SPLIT_BYTES = 2  # of a number of an adapter at run time
+
+# The relative root mean square error of normally distributed weights in each format; a re-encoded matrix has it anew.
+_ERRORS = {
+    DType.F32: 0.0,
+    DType.F16: 0.0002,
+    DType.BF16: 0.0017,
+    DType.Q8_0: 0.006,
+    DType.Q6_K: 0.019,
+    DType.Q5_K: 0.037,
+    DType.Q5_0: 0.045,
+    DType.Q5_1: 0.041,
+    DType.Q4_K: 0.075,
+    DType.Q4_0: 0.09,
+    DType.Q4_1: 0.08,
+    DType.NF4: 0.09,
+    DType.FP4: 0.11,
+    DType.INT4: 0.1,
+    DType.Q3_K: 0.15,
+    DType.Q2_K: 0.3,
+}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    fold: bool
+    reason: str
+
+
+class ChooseLoraStrategy(Pass):
+    """The fact ``lora_strategy`` says for each matrix that an adapter changes: fold or split, and why.
+
+    Args:
+        deltas: by the matrix's name, what each adapter adds.
+        mode: what the user asked for.
+        to: by the matrix's name, the format that folding would encode it in; missing ones keep theirs.
+        budget: the relative error that folding may cause, where the mode leaves the choice.
+    """
+
+    def __init__(
+        self,
+        deltas: Mapping[str, Sequence[Delta]],
+        mode: LoraMode,
+        to: Mapping[str, DType],
+        budget: float = ERROR_BUDGET,
+    ) -> None:
+        self.deltas, self.mode, self.to, self.budget = deltas, mode, to, budget
+
+    def run(self, graph: Graph) -> PassResult:
+        """See the class.
+
+        Raises:
+            OptionError: split was asked for, and a matrix can only be folded.
+        """
+        choices = {
+            name: self._choose(graph.stored(graph.weight[name]), deltas)
+            for name, deltas in self.deltas.items()
+        }
+        if not choices:
+            return PassResult(graph, False)
+        facts = {
+            name: {"fold": choice.fold, "reason": choice.reason} for name, choice in sorted(choices.items())
+        }
+        return PassResult(graph, False, facts={"lora_strategy": facts})
+
+    def _choose(self, weight: Weight, deltas: Sequence[Delta]) -> _Choice:
+        if any(delta.magnitude is not None for delta in deltas):
+            if self.mode == "split":
+                raise OptionError(
+                    f"a DoRA adapter changes {weight.name}, which no side path can do",
+                    remedy="fold it (lora mode fold or auto)",
+                )
+            return _Choice(True, "DoRA scales whole rows")
+        if self.mode != "auto":
+            return _Choice(self.mode == "fold", f"{self.mode} was asked for")
+        dtype = self.to.get(weight.name, weight.type.dtype)
+        rows, columns = map(int, weight.type.shape)
+        rank = sum(-(-delta.rank // _UNIT) * _UNIT for delta in deltas)
+        added = rank * (rows + columns) * _SPLIT_BYTES
+        error = _ERRORS[dtype]
+        if error <= self.budget:
+            return _Choice(
+                True, f"{dtype} costs an error of {error:.2%}; a side path reads {added} bytes a token"
+            )
+        return _Choice(
+            False,
+            f"{dtype} anew would cost an error of {error:.1%}, more than {self.budget:.1%}; "
+            f"rank {rank} reads {added} bytes a token",
+        )
