@@ -5,10 +5,11 @@ if __name__ != "rlxc.passes":
 
 from rlxc.passes.base import NoMatch, Pass, PassResult
 from rlxc.passes.choose_lora_strategy import ChooseLoraStrategy, LoraMode
-from rlxc.passes.fold_lora import Delta
+from rlxc.passes.fold_lora import Change, Delta, Replacement
 from rlxc.passes.pipeline import PassReport, PipelineResult, WeightChanges, default_passes, run_passes
 
 __all__ = [
+    "Change",
     "ChooseLoraStrategy",
     "Delta",
     "LoraMode",
@@ -17,6 +18,7 @@ __all__ = [
     "PassReport",
     "PassResult",
     "PipelineResult",
+    "Replacement",
     "WeightChanges",
     "default_passes",
     "run_passes",

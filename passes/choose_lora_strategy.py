@@ -10,7 +10,7 @@ from rlxc.dtypes import DType
 from rlxc.errors import OptionError
 from rlxc.ir import Graph, Weight
 from rlxc.passes.base import Pass, PassResult
-from rlxc.passes.fold_lora import Delta
+from rlxc.passes.fold_lora import Change, Delta
 
 LoraMode = Literal["auto", "split", "fold"]
 """``split`` keeps adapters swappable, ``fold`` makes them part of the weights, ``auto`` asks the cost model."""
@@ -52,7 +52,7 @@ class ChooseLoraStrategy(Pass):
     """The fact ``lora_strategy`` says for each matrix that an adapter changes: fold or split, and why.
 
     Args:
-        deltas: by the matrix's name, what each adapter adds.
+        changes: by the matrix's name, what each adapter does to it.
         mode: what the user asked for.
         to: by the matrix's name, the format that folding would encode it in; missing ones keep theirs.
         budget: the relative error that folding may cause, where the mode leaves the choice.
@@ -60,12 +60,12 @@ class ChooseLoraStrategy(Pass):
 
     def __init__(
         self,
-        deltas: Mapping[str, Sequence[Delta]],
+        changes: Mapping[str, Sequence[Change]],
         mode: LoraMode,
         to: Mapping[str, DType],
         budget: float = ERROR_BUDGET,
     ) -> None:
-        self.deltas, self.mode, self.to, self.budget = deltas, mode, to, budget
+        self.changes, self.mode, self.to, self.budget = changes, mode, to, budget
 
     def run(self, graph: Graph) -> PassResult:
         """See the class.
@@ -75,7 +75,7 @@ class ChooseLoraStrategy(Pass):
         """
         choices = {
             name: self._choose(graph.stored(graph.weight[name]), deltas)
-            for name, deltas in self.deltas.items()
+            for name, deltas in self.changes.items()
         }
         if not choices:
             return PassResult(graph, False)
@@ -84,19 +84,20 @@ class ChooseLoraStrategy(Pass):
         }
         return PassResult(graph, False, facts={"lora_strategy": facts})
 
-    def _choose(self, weight: Weight, deltas: Sequence[Delta]) -> _Choice:
-        if any(delta.magnitude is not None for delta in deltas):
-            if self.mode == "split":
-                raise OptionError(
-                    f"a DoRA adapter changes {weight.name}, which no side path can do",
-                    remedy="fold it (lora mode fold or auto)",
-                )
-            return _Choice(True, "DoRA scales whole rows")
+    def _choose(self, weight: Weight, changes: Sequence[Change]) -> _Choice:
+        only_folds = _needs_fold(changes)
+        if only_folds and self.mode == "split":
+            raise OptionError(
+                f"an adapter changes {weight.name} as no side path can: {only_folds}",
+                remedy="fold it (lora mode fold or auto)",
+            )
+        if only_folds:
+            return _Choice(True, only_folds)
         if self.mode != "auto":
             return _Choice(self.mode == "fold", f"{self.mode} was asked for")
         dtype = self.to.get(weight.name, weight.type.dtype)
         rows, columns = map(int, weight.type.shape)
-        rank = sum(-(-delta.rank // _UNIT) * _UNIT for delta in deltas)
+        rank = sum(-(-change.rank // _UNIT) * _UNIT for change in changes if isinstance(change, Delta))
         added = rank * (rows + columns) * _SPLIT_BYTES
         error = _ERRORS[dtype]
         if error <= self.budget:
@@ -108,3 +109,12 @@ class ChooseLoraStrategy(Pass):
             f"{dtype} anew would cost an error of {error:.1%}, more than {self.budget:.1%}; "
             f"rank {rank} reads {added} bytes a token",
         )
+
+
+def _needs_fold(changes: Sequence[Change]) -> str:
+    """Why these changes can only be folded, or nothing."""
+    if any(not isinstance(change, Delta) for change in changes):
+        return "it was trained as a whole"
+    if any(isinstance(change, Delta) and change.magnitude is not None for change in changes):
+        return "DoRA scales whole rows"
+    return ""

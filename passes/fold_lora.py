@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError
@@ -16,7 +15,7 @@ from rlxc.passes.quantize_weights import with_op
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to a matrix: ``scale * B A``, whose tensors are called ``a`` and ``b``, of this rank.
+    """An adapter adds ``scale * B A`` to a matrix; their tensors are called ``a`` and ``b`` and have this rank.
 
     ``magnitude`` is DoRA's, if there is one.
     """
@@ -28,19 +27,29 @@ class Delta:
     magnitude: str | None = None
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """An adapter puts a whole matrix in the place of the model's."""
+
+    tensor: str
+
+
+Change = Delta | Replacement
+
+
 class FoldLora(Pass):
     """Weights become recipes: decode, add the adapters' products in order, encode in the format ``to`` names.
 
     The bytes are made when the artifact is written, row by row. A tied table that only the embedding's adapter changes
-    is tied no more. The fact ``folded`` lists the matrices.
+    is tied no more.
 
     Args:
-        deltas: by the matrix's name, those of each adapter.
+        changes: by the matrix's name, those of each adapter.
         to: by the matrix's name, the format of the result; missing ones keep theirs.
     """
 
-    def __init__(self, deltas: Mapping[str, Sequence[Delta]], to: Mapping[str, DType]) -> None:
-        self.deltas, self.to = deltas, to
+    def __init__(self, changes: Mapping[str, Sequence[Change]], to: Mapping[str, DType]) -> None:
+        self.changes, self.to = changes, to
 
     def run(self, graph: Graph) -> PassResult:
         """See the class.
@@ -48,20 +57,19 @@ class FoldLora(Pass):
         Raises:
             GraphError: the graph has no such matrix.
         """
-        if not self.deltas:
+        if not self.changes:
             return PassResult(graph, False)
-        missing = sorted(set(self.deltas) - set(graph.weight))
+        missing = sorted(set(self.changes) - set(graph.weight))
         if missing:
             raise GraphError(f"there is no matrix {missing[0]!r} to fold an adapter into", source=self.name)
         weights = []
         for weight in graph.weights:
-            if isinstance(weight.recipe, Alias) and weight.recipe.target in self.deltas:
+            if isinstance(weight.recipe, Alias) and weight.recipe.target in self.changes:
                 weight = replace(weight, recipe=Source(graph.stored(weight).name))
-            weights.append(self._folded(graph, weight) if weight.name in self.deltas else weight)
+            weights.append(self._folded(graph, weight) if weight.name in self.changes else weight)
         packed = {weight.name: weight.type.dtype.is_packed for weight in weights}
         nodes = [with_op(node, packed) for node in graph.nodes]
-        facts: dict[str, Any] = {"folded": sorted(self.deltas)}
-        return PassResult(graph.with_nodes(nodes, weights), True, facts)
+        return PassResult(graph.with_nodes(nodes, weights), True)
 
     def _folded(self, graph: Graph, weight: Weight) -> Weight:
         stored = graph.stored(weight)
@@ -72,14 +80,18 @@ class FoldLora(Pass):
         out, in_ = (columns, rows) if is_table else (rows, columns)
         type_ = TensorType(DType.F32, weight.type.shape)
         result = replace(stored, name=f"{weight.name}.base")
-        for number, delta in enumerate(self.deltas[weight.name]):
-            a = Weight(delta.a, TensorType(DType.F32, (delta.rank, in_)), Source(delta.a))
-            b = Weight(delta.b, TensorType(DType.F32, (out, delta.rank)), Source(delta.b))
+        for number, change in enumerate(self.changes[weight.name]):
+            name = f"{weight.name}.folded.{number}"
+            if isinstance(change, Replacement):
+                result = Weight(name, type_, Source(change.tensor))
+                continue
+            a = Weight(f"{name}.a", TensorType(DType.F32, (change.rank, in_)), Source(change.a))
+            b = Weight(f"{name}.b", TensorType(DType.F32, (out, change.rank)), Source(change.b))
             magnitude = None
-            if delta.magnitude is not None:
-                magnitude = Weight(delta.magnitude, TensorType(DType.F32, (rows,)), Source(delta.magnitude))
-            recipe = Fold(result, a, b, delta.scale, magnitude, is_table)
-            result = Weight(f"{weight.name}.folded.{number}", type_, recipe)
+            if change.magnitude is not None:
+                vector = TensorType(DType.F32, (rows,))
+                magnitude = Weight(f"{name}.magnitude", vector, Source(change.magnitude))
+            result = Weight(name, type_, Fold(result, a, b, change.scale, magnitude, is_table))
         dtype = self.to.get(weight.name, weight.type.dtype)
         if dtype is DType.F32:
             return replace(result, name=weight.name)

@@ -12,7 +12,7 @@ from rlxc.ir import Graph, verify
 from rlxc.ir.target import TargetFeatures
 from rlxc.passes.base import NoMatch, Pass
 from rlxc.passes.fold_constants import FoldConstants
-from rlxc.passes.fold_lora import Delta, FoldLora
+from rlxc.passes.fold_lora import Change, FoldLora
 from rlxc.passes.fuse_gated_mlp import FuseGatedMlp
 from rlxc.passes.fuse_norm import FuseNorm
 from rlxc.passes.fuse_qkv import FuseQkv
@@ -32,12 +32,12 @@ class WeightChanges:
 
     Attributes:
         formats: to encode matrices in, by their names.
-        folded: adapters' deltas by the matrix that they are folded into, and ``fold_to`` the format of the result.
+        folded: what adapters do, by the matrix that they are folded into, and ``fold_to`` the format of the result.
         split: matrices that take adapters at run time.
     """
 
     formats: Mapping[str, DType] = field(default_factory=dict)
-    folded: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
+    folded: Mapping[str, Sequence[Change]] = field(default_factory=dict)
     fold_to: Mapping[str, DType] = field(default_factory=dict)
     split: frozenset[str] = frozenset()
 

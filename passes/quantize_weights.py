@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rlxc.dtypes import DType
-from rlxc.ir import Encode, Graph, Node, Source, TensorType, Weight
+from rlxc.ir import Alias, Encode, Graph, Node, TensorType, Weight
 from rlxc.ir.ops import DequantMatMul, MatMul
 from rlxc.passes.base import Pass, PassResult
 
@@ -35,7 +35,7 @@ class QuantizeWeights(Pass):
         if dtype is stored.type.dtype:
             return weight
         type_ = TensorType(dtype, weight.type.shape)
-        if not isinstance(weight.recipe, Source):
+        if isinstance(weight.recipe, Alias):
             return replace(weight, type=type_)
         return Weight(weight.name, type_, Encode(replace(weight, name=f"{weight.name}.given")))
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlxc import errors as errors
     from rlxc.compiler import compile as compile
-    from rlxc.compiler import inspect as inspect
     from rlxc.errors import RlxcError as RlxcError
+    from rlxc.inspection import inspect as inspect
     from rlxc.runtime import load as load
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "RlxcError": "rlxc.errors",
     "compile": "rlxc.compiler",
-    "inspect": "rlxc.compiler",
+    "inspect": "rlxc.inspection",
     "load": "rlxc.runtime",
 }
 

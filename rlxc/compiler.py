@@ -6,15 +6,12 @@ weights -> models -> passes -> backend -> artifact
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-import numpy.typing as npt
-
 from rlxc import __version__
+from rlxc.adapting import MAX_RANK, AdapterArgument, AdapterOptions, adapt, adapter_file, lora_plan
 from rlxc.artifact import (
     Activations,
     Artifact,
@@ -22,6 +19,7 @@ from rlxc.artifact import (
     BackendName,
     KvLayer,
     KvPlan,
+    LoraPlan,
     Manifest,
     ModelFacts,
     Options,
@@ -31,15 +29,18 @@ from rlxc.artifact import (
 )
 from rlxc.backends import BuildOptions, default_backend, get_backend
 from rlxc.dtypes import DType
-from rlxc.errors import ModelError, OptionError, UnsupportedError
+from rlxc.errors import ModelError, OptionError
+from rlxc.inspection import text
 from rlxc.ir import Graph, show
 from rlxc.ir.target import TargetFeatures
 from rlxc.ir.text import show_recipe
-from rlxc.models import Config, build_model
-from rlxc.passes import PipelineResult, WeightChanges, default_passes, run_passes
+from rlxc.models import Config
+from rlxc.passes import LoraMode, PipelineResult, WeightChanges, default_passes, run_passes
+from rlxc.reading import read_model
 from rlxc.vocab import build_tokenizer
-from rlxc.weights.gguf import GgufFile, open_gguf
-from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, registry_from_gguf
+from rlxc.weights.gguf_writer import adapter_bytes
+from rlxc.weights.registry import WeightRegistry
+from rlxc.weights.source import open_model
 
 Progress = Callable[[str, int, int], None]
 """Told a stage's name, and how much of how much of it is done."""
@@ -63,6 +64,11 @@ def compile(
     target: str = "native",
     activations: Activations = "int8",
     context: int | None = None,
+    adapters: Sequence[AdapterArgument] = (),
+    lora: LoraMode = "auto",
+    lora_rank: int = MAX_RANK,
+    fold_to: str | None = None,
+    quantize: str = "none",
     overwrite: bool = False,
     progress: Progress | None = None,
     trace: Callable[[str], None] | None = None,
@@ -70,7 +76,7 @@ def compile(
     """Compile a model file to an artifact.
 
     Args:
-        model: a GGUF file (of a split model, the first).
+        model: a GGUF file (of a split model, the first), or a Hugging Face folder.
         output: the artifact to write, a folder that must not exist yet.
         backend: ``tvm`` or ``onnx``; by default tvm where it is installed.
         target: the CPUs that tvm makes code for: ``native``, or names of :data:`rlxc.backends.tvm.targets.TARGETS`
@@ -78,6 +84,12 @@ def compile(
         activations: ``int8`` lets matrix products round their inputs to 8 bits per block, as llama.cpp does;
             ``float32`` keeps them exact and is slow.
         context: number of positions, at most what the model was trained for; by default 4096, or that if it is less.
+        adapters: LoRA adapters (GGUF files, PEFT folders), with scales or without. A new session starts with them.
+        lora: ``split`` keeps adapters beside the weights: sessions push, pop and rescale them and any others. ``fold``
+            makes them part of the weights. ``auto`` folds where that costs little accuracy, and splits else.
+        lora_rank: the most ranks that a session's stack of adapters can have, counted in units of 16.
+        fold_to: the format of folded matrices, such as ``q8_0``; by default each keeps its own.
+        quantize: a format to encode the model's matrices in, such as ``q4_k``; ``none`` keeps what they have.
         overwrite: replace an artifact that is there; it stays untouched until the new one is complete.
         progress: called as the work goes on.
         trace: called with each pass's report, which also says what nearly applied.
@@ -88,12 +100,15 @@ def compile(
     if activations not in get_args(Activations):
         known = ", ".join(get_args(Activations))
         raise OptionError(f"activations {activations!r} are unknown", remedy=f"choose one of: {known}")
+    wishes = AdapterOptions(adapters, lora, lora_rank, fold_to, quantize)
     tell: Progress = progress or (lambda stage, done, total: None)
     engine = get_backend(backend or default_backend())
-    with open_gguf(model) as file:
-        config, registry, graph = _model(file)
+    with open_model(model) as file:
+        config, registry, graph = read_model(file)
         context = _checked_context(context, config, file.path)
-        result = _lower(graph, engine.features, context, trace=trace)
+        adapted = adapt(wishes, graph, config, registry, trace)
+        result = _lower(graph, engine.features, context, adapted.changes, trace=trace)
+        plan = _lora_plan(result, engine.features, activations, lora_rank)
         tokenizer = build_tokenizer(file.metadata, source=file.path)
         if tokenizer.vocab_size > config.vocab:
             raise ModelError(
@@ -109,8 +124,11 @@ def compile(
                 done += 1
                 tell("weights", done, total)
 
-            options = BuildOptions(activations, context, _max_step(context), target)
-            libraries = engine.build(result.graph, file.data, writer, options, wrote)
+            options = BuildOptions(activations, context, _max_step(context), target, plan)
+            libraries = engine.build(result.graph, adapted.read(file.data), writer, options, wrote)
+            for number, adapter in adapted.split:
+                with writer.file(adapter_file(number)) as sink:
+                    sink.write(adapter_bytes(adapter))
             with writer.file("tokenizer.json") as sink:
                 sink.write(tokenizer.tokenizer_json)
             if tokenizer.chat_template is not None:
@@ -121,7 +139,7 @@ def compile(
                 rlxc=__version__,
                 model=ModelFacts(
                     architecture=result.graph.name,
-                    name=_text(file.metadata, "general.name"),
+                    name=text(file.metadata, "general.name"),
                     fingerprint=file.fingerprint(),
                     layers=config.layers,
                     heads=config.heads,
@@ -136,6 +154,8 @@ def compile(
                     tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos, tokenizer.add_eos
                 ),
                 weights=_weight_entries(result.graph, registry),
+                lora=plan,
+                adapters=adapted.entries(),
             )
             for name, content in engine.companion_files(manifest).items():
                 with writer.file(name) as sink:
@@ -150,19 +170,32 @@ def lower(
     *,
     backend: str | None = None,
     context: int | None = None,
+    adapters: Sequence[AdapterArgument] = (),
+    lora: LoraMode = "auto",
+    fold_to: str | None = None,
+    quantize: str = "none",
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> str:
     """The text of a model's graph after all passes of a backend, or after the pass named ``after``.
 
+    With adapters, what becomes of each matrix that they change, and why, stands above it.
+
     Raises:
         RlxcError: the input is damaged or not supported, or there is no such pass.
     """
-    with open_gguf(model) as file:
-        config, _, graph = _model(file)
+    with open_model(model) as file:
+        config, registry, graph = read_model(file)
         context = _checked_context(context, config, file.path)
         features = get_backend(backend or default_backend()).features
-        return show(_lower(graph, features, context, after=after, trace=trace).graph)
+        wishes = AdapterOptions(adapters, lora, fold_to=fold_to, quantize=quantize)
+        adapted = adapt(wishes, graph, config, registry, trace)
+        decisions = [
+            f"# {name}: {'fold' if decision['fold'] else 'split'}, {decision['reason']}\n"
+            for name, decision in adapted.decisions.items()
+        ]
+        result = _lower(graph, features, context, adapted.changes, after=after, trace=trace)
+        return "".join(decisions) + show(result.graph)
 
 
 def tuning_problems(model: str | os.PathLike[str], *, target: CpuTarget) -> list[Problem]:
@@ -177,19 +210,12 @@ def tuning_problems(model: str | os.PathLike[str], *, target: CpuTarget) -> list
     if Path(model).is_dir():
         artifact = Artifact.open(model)
         return read_problems(artifact.file(TUNING).read_bytes(), target, artifact.path)
-    with open_gguf(model) as file:
-        config, _, graph = _model(file)
+    with open_model(model) as file:
+        config, _, graph = read_model(file)
         context = _checked_context(None, config, file.path)
-        graph = _lower(graph, TvmBackend.features, context).graph
+        graph = _lower(graph, TvmBackend.features, context, WeightChanges()).graph
         options = BuildOptions("int8", context, _max_step(context), target.name)
         return tuning_problems(graph, target, file.data, options)
-
-
-def _model(file: GgufFile) -> tuple[Config, WeightRegistry, Graph]:
-    registry = registry_from_gguf(file)
-    _tie_output(file, registry)
-    config, graph = build_model(file.metadata, registry, file.path)
-    return config, registry, graph
 
 
 def _checked_context(context: int | None, config: Config, source: Path) -> int:
@@ -207,6 +233,7 @@ def _lower(
     graph: Graph,
     features: TargetFeatures,
     context: int,
+    changes: WeightChanges,
     *,
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
@@ -215,35 +242,17 @@ def _lower(
     return run_passes(graph, passes, trace=trace, stop_after=after)
 
 
+def _lora_plan(
+    result: PipelineResult, features: TargetFeatures, activations: Activations, max_rank: int
+) -> LoraPlan | None:
+    if "lora" not in result.facts:
+        return None
+    dtype = features.rounded_lora if activations == "int8" else DType.F32
+    return lora_plan(result.facts["lora"], dtype, max_rank)
+
+
 def _max_step(context: int) -> int:
     return min(MAX_STEP, context)
-
-
-def _tie_output(file: GgufFile, registry: WeightRegistry) -> None:
-    """Declare ``output.weight`` an alias of the embedding where it is absent, or holds the very same bytes.
-
-    Tying two matrices that differ would turn the model's output to gibberish without an error.
-    """
-    table, output = "token_embd.weight", "output.weight"
-    if table not in registry:
-        return
-    target = registry.resolve(table)
-    if output in registry:
-        found = registry.resolve(output)
-        if (found.dtype, found.shape) != (target.dtype, target.shape):
-            return
-        if not _equal_bytes(file.data(output), file.data(table)):
-            return
-        registry.remove(output)
-    alias = (
-        F32(output, target.shape) if isinstance(target, F32) else Packed(output, target.scheme, target.shape)
-    )
-    registry.add(alias, TiedAlias(table))
-
-
-def _equal_bytes(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
-    step = 1 << 22  # comparing makes a temporary array as large as what is compared
-    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, len(a), step))
 
 
 def _kv_plan(facts: Any) -> KvPlan:
@@ -261,94 +270,4 @@ def _weight_entries(graph: Graph, registry: WeightRegistry) -> tuple[WeightEntry
             nbytes=sum(registry.resolve(tensor).nbytes for tensor in weight.tensors),
         )
         for weight in graph.weights
-    )
-
-
-def _text(metadata: Mapping[str, Any], key: str) -> str:
-    value = metadata.get(key, "")
-    return value if isinstance(value, str) else ""
-
-
-# --- inspecting ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a model file or an artifact holds.
-
-    ``tensors`` counts tensors per format and ``tensor_bytes`` their bytes; ``parameters`` counts weights.
-    ``details`` holds what only that kind of file has.
-    """
-
-    path: str
-    kind: str
-    architecture: str
-    name: str
-    parameters: int
-    tensor_bytes: int
-    tensors: Mapping[str, int]
-    details: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data for JSON."""
-        return asdict(self)
-
-
-def inspect(path: str | os.PathLike[str]) -> ModelInfo:
-    """What is in a GGUF file or an artifact.
-
-    Raises:
-        RlxcError: it is neither, or it is damaged.
-    """
-    root = Path(path)
-    if root.is_dir() and (root / "config.json").exists() and not (root / "manifest.json").exists():
-        raise UnsupportedError(
-            "a Hugging Face folder is not supported yet", source=root, remedy="convert it to GGUF"
-        )
-    if root.is_dir():
-        return _inspect_artifact(Artifact.open(root))
-    with open_gguf(root) as file:
-        return _inspect_gguf(file)
-
-
-def _inspect_gguf(file: GgufFile) -> ModelInfo:
-    formats: dict[str, int] = {}
-    for info in file.tensors.values():
-        formats[info.dtype.value] = formats.get(info.dtype.value, 0) + 1
-    scalars = (int, float, bool, str)
-    shown = {
-        key: value if isinstance(value, scalars) else f"[{len(value)} values]"
-        for key, value in file.metadata.items()
-    }
-    return ModelInfo(
-        path=str(file.path),
-        kind=f"GGUF v{file.version}",
-        architecture=_text(file.metadata, "general.architecture"),
-        name=_text(file.metadata, "general.name"),
-        parameters=sum(int(np.prod(info.shape)) for info in file.tensors.values()),
-        tensor_bytes=sum(info.nbytes for info in file.tensors.values()),
-        tensors=formats,
-        details={"metadata": shown},
-    )
-
-
-def _inspect_artifact(artifact: Artifact) -> ModelInfo:
-    manifest = artifact.manifest
-    formats: dict[str, int] = {}
-    for weight in manifest.weights:
-        formats[weight.dtype.value] = formats.get(weight.dtype.value, 0) + 1
-    return ModelInfo(
-        path=str(artifact.path),
-        kind=f"rlxc artifact ({manifest.target.backend})",
-        architecture=manifest.model.architecture,
-        name=manifest.model.name,
-        parameters=sum(int(np.prod(weight.shape)) for weight in manifest.weights),
-        tensor_bytes=sum(weight.nbytes for weight in manifest.weights),
-        tensors=formats,
-        details={
-            "rlxc": manifest.rlxc,
-            "options": asdict(manifest.options),
-            "kv_cache": asdict(manifest.kv_cache),
-            "files": {name: entry.size for name, entry in manifest.files.items()},
-        },
     )

@@ -1,4 +1,4 @@
-"""Element types of tensors: plain ones, and the packed block formats of GGUF."""
+"""Element types of tensors: plain ones, and packed ones: the block formats of GGUF and of QLoRA."""
 
 from __future__ import annotations
 
@@ -25,11 +25,17 @@ class DType(str, Enum):
     Q4_K = "q4_k"
     Q5_K = "q5_k"
     Q6_K = "q6_k"
+    NF4 = "nf4"
+    FP4 = "fp4"
+    INT4 = "int4"
 
     @property
     def is_packed(self) -> bool:
         """True for block formats, whose bytes only ``DequantMatMul`` and ``Embed`` can read."""
-        return self.value.startswith("q")
+        return self not in _PLAIN
 
     def __str__(self) -> str:
         return self.value
+
+
+_PLAIN = frozenset({DType.F32, DType.F16, DType.BF16, DType.I32, DType.I64, DType.BOOL})

@@ -10,7 +10,7 @@ from typing import Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.artifact import ArtifactWriter, BackendName, Library, Manifest
+from rlxc.artifact import ArtifactWriter, BackendName, Library, LoraPlan, Manifest
 from rlxc.errors import OptionError
 from rlxc.ir import Graph
 from rlxc.ir.target import TargetFeatures
@@ -27,12 +27,13 @@ def default_backend() -> BackendName:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the user chose: activations' type in matrix products, positions, tokens of a step at most, and CPUs."""
+    """What was chosen: activations' type in matrix products, positions, tokens of a step at most, CPUs, adapters."""
 
     activations: str
     context: int
     max_step: int
     target: str
+    lora: LoraPlan | None = None
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ class TargetFeatures:
     A cache has elements of ``cache_dtype`` and a multiple of ``cache_rows`` rows.
     ``storage`` names, for each packed format, how the backend stores it: weights of the same storage can be
     stacked without changing a code. ``widest`` names, for each storage, the format that holds all the others'
-    codes and scales exactly.
+    codes and scales exactly. Adapters' numbers are kept as ``rounded_lora`` where activations are rounded to int8.
     """
 
     add_rms_norm: bool = False
@@ -24,5 +24,6 @@ class TargetFeatures:
     ring_cache: bool = False
     cache_dtype: DType = DType.F32
     cache_rows: int = 1
+    rounded_lora: DType = DType.F32
     storage: Mapping[DType, str] = field(default_factory=dict)
     widest: Mapping[str, DType] = field(default_factory=dict)

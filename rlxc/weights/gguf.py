@@ -65,6 +65,7 @@ class GgufFile:
                     )
                 tensors[info.name] = info
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self._spans = shards[0].header.spans
         self._mappings = [shard.mapping for shard in shards]
         self._identities = [(shard.path, shard.identity) for shard in shards]
 
@@ -82,6 +83,17 @@ class GgufFile:
                 remedy="list its tensors with `rlxc inspect`",
             )
         return np.frombuffer(self._mapped()[info.shard], np.uint8, info.nbytes, info.offset)
+
+    def pair(self, key: str) -> bytes:
+        """A pair of the metadata as it is in the file: key, type and value.
+
+        Raises:
+            WeightError: there is no such key, or the file is closed.
+        """
+        span = self._spans.get(key)
+        if span is None:
+            raise WeightError(f"has no metadata {quote(key)}", source=self.path, remedy="see `rlxc inspect`")
+        return self._mapped()[0][span]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the bytes of the file, shard after shard.

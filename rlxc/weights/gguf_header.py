@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from rlxc.dtypes import DType
 from rlxc.errors import FormatError, RlxcError, UnsupportedError
-from rlxc.weights.formats import FORMATS
+from rlxc.weights.formats import GGML_FORMATS
 
 DAMAGED = "the file is damaged or cut short: download or convert it again"
 
@@ -45,7 +45,7 @@ _SCALARS: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.FLOAT64: np.dtype("<f8"),
     GGUFValueType.BOOL: np.dtype("?"),
 }
-_FORMAT_OF_TYPE = {int(row.ggml_type): row for row in FORMATS.values()}
+_FORMAT_OF_TYPE = {int(kind): row for kind, row in GGML_FORMATS.items()}
 # The least bytes of an entry: name length, type, value; name length, rank, one dimension, type, offset.
 _LEAST_PAIR = 8 + 4 + 1
 _LEAST_TENSOR = 8 + 4 + 8 + 4 + 8
@@ -115,11 +115,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of one file says; tensor offsets count from the start of the file."""
+    """What the header of one file says; tensor offsets count from the start of the file.
+
+    ``spans`` are the bytes of the file that each pair of the metadata takes, from its key to the end of its value.
+    """
 
     version: int
     alignment: int
     metadata: dict[str, MetaValue]
+    spans: dict[str, slice]
     tensors: list[TensorInfo]
 
 
@@ -135,7 +139,7 @@ def read_header(path: Path, mapping: mmap.mmap, shard: int) -> Header:
     tensor_count = reader.count("tensor count", _LEAST_TENSOR)
     metadata = reader.metadata(reader.count("metadata count", _LEAST_PAIR))
     alignment = _checked_alignment(metadata.get("general.alignment", _DEFAULT_ALIGNMENT), path)
-    return Header(version, alignment, metadata, reader.tensors(tensor_count, alignment, shard))
+    return Header(version, alignment, metadata, reader.spans, reader.tensors(tensor_count, alignment, shard))
 
 
 def _checked_alignment(value: MetaValue, path: Path) -> int:
@@ -156,6 +160,7 @@ class _Reader:
         self.mapping = mapping
         self.size = len(mapping)
         self.position = 0
+        self.spans: dict[str, slice] = {}
 
     def error(self, problem: str, remedy: str = DAMAGED) -> RlxcError:
         return FormatError(problem, source=self.path, remedy=remedy)
@@ -208,12 +213,14 @@ class _Reader:
     def metadata(self, count: int) -> dict[str, MetaValue]:
         pairs: dict[str, MetaValue] = {}
         for i in range(count):
+            start = self.position
             key = self.string(f"metadata key {i}")
             if not key:  # what zeros read as
                 raise self.error(f"metadata key {i} is empty")
             if key in pairs:
                 raise self.error(f"metadata key {quote(key)} appears twice")
             pairs[key] = self.value(key)
+            self.spans[key] = slice(start, self.position)
         return pairs
 
     def value(self, key: str) -> MetaValue:
@@ -292,7 +299,7 @@ class _Reader:
         code = self.u32(f"type of {what}")
         form = _FORMAT_OF_TYPE.get(code)
         if form is None:
-            supported = ", ".join(row.ggml_type.name for row in FORMATS.values())
+            supported = ", ".join(kind.name for kind in GGML_FORMATS)
             raise self.unsupported(
                 f"{what} has type {_type_name(code)}", f"use a file quantised to one of {supported}"
             )

@@ -1,0 +1,232 @@
+"""What the user wants done to a model's weights: adapters folded in or split off, matrices encoded anew.
+
+Everything here is metadata: it ends in :class:`~rlxc.passes.WeightChanges`, which the passes carry out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.artifact import UNIT_RANK, AdapterEntry, LoraGroup, LoraPart, LoraPlan
+from rlxc.dtypes import DType
+from rlxc.errors import OptionError
+from rlxc.ir import Graph
+from rlxc.ir.ops import DequantMatMul, MatMul
+from rlxc.models import Config
+from rlxc.passes import Change, ChooseLoraStrategy, Delta, LoraMode, Replacement, WeightChanges, run_passes
+from rlxc.weights.adapters import Adapter, AdapterBase, check_fits, open_adapter, register
+from rlxc.weights.encode import fitting
+from rlxc.weights.registry import WeightRegistry
+
+AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+"""A GGUF adapter or PEFT folder, with the scale that its delta is multiplied by; 1 if none is given."""
+
+MAX_RANK = 128
+"""Ranks of a sequence's stack of adapters by default."""
+
+FOLD_FORMATS = tuple(
+    dtype for dtype in DType if dtype.is_packed or dtype in (DType.F32, DType.F16, DType.BF16)
+)
+"""What a folded matrix can be encoded in."""
+
+QUANTIZE_FORMATS: Mapping[str, DType | None] = {
+    "none": None,
+    **{dtype.value: dtype for dtype in FOLD_FORMATS if dtype is not DType.F32},
+}
+"""What ``quantize`` can be."""
+
+_FLOAT_CODEBOOKS = (DType.NF4, DType.FP4, DType.INT4)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The user's choices; see :func:`rlxc.compile`."""
+
+    adapters: Sequence[AdapterArgument] = ()
+    mode: LoraMode = "auto"
+    max_rank: int = MAX_RANK
+    fold_to: str | None = None
+    quantize: str = "none"
+
+    def __post_init__(self) -> None:
+        """Check what needs no model."""
+        if self.mode not in get_args(LoraMode):
+            raise OptionError(
+                f"lora {self.mode!r} is unknown", remedy=f"choose one of: {', '.join(get_args(LoraMode))}"
+            )
+        if self.mode == "fold" and not self.adapters:
+            raise OptionError("there is no adapter to fold", remedy="name one, or leave the mode out")
+        if not 1 <= self.max_rank <= 4096:
+            raise OptionError(f"lora rank {self.max_rank} is outside 1..4096")
+        if self.fold_to is not None and self.fold_to not in [dtype.value for dtype in FOLD_FORMATS]:
+            raise OptionError(
+                f"cannot fold to {self.fold_to!r}",
+                remedy=f"choose one of: {', '.join(map(str, FOLD_FORMATS))}",
+            )
+        if self.quantize not in QUANTIZE_FORMATS:
+            raise OptionError(
+                f"cannot quantize to {self.quantize!r}",
+                remedy=f"choose one of: {', '.join(QUANTIZE_FORMATS)}",
+            )
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What becomes of a model's weights.
+
+    Attributes:
+        changes: for the passes.
+        adapters: those that were opened, and their scales.
+        decisions: for each matrix that they change: folded or not, and why.
+    """
+
+    changes: WeightChanges
+    adapters: tuple[tuple[Adapter, float], ...]
+    decisions: Mapping[str, Mapping[str, Any]]
+
+    def read(self, base: Callable[[str], npt.NDArray[np.uint8]]) -> Callable[[str], npt.NDArray[np.uint8]]:
+        """Gives the bytes of the model file's tensors and of the adapters'."""
+        ours = {key: array for adapter, _ in self.adapters for key, array in adapter.arrays().items()}
+        return lambda key: ours[key].reshape(-1).view(np.uint8) if key in ours else base(key)
+
+    @property
+    def split(self) -> list[tuple[int, Adapter]]:
+        """The adapters that change matrices at run time, with their numbers."""
+        kept = self.changes.split
+        return [
+            (i, adapter) for i, (adapter, _) in enumerate(self.adapters) if kept.intersection(adapter.pairs)
+        ]
+
+    def entries(self) -> tuple[AdapterEntry, ...]:
+        """What the manifest says of them."""
+        files = {number: adapter_file(number) for number, _ in self.split}
+        folded = {name for name, decision in self.decisions.items() if decision["fold"]}
+        return tuple(
+            AdapterEntry(
+                adapter.name,
+                adapter.fingerprint,
+                scale,
+                folded=tuple(sorted(folded.intersection([*adapter.pairs, *adapter.replacements]))),
+                file=files.get(number),
+            )
+            for number, (adapter, scale) in enumerate(self.adapters)
+        )
+
+
+def adapter_file(number: int) -> str:
+    """The artifact's file for an adapter that is not folded."""
+    return f"adapter.{number}.gguf"
+
+
+def adapt(
+    options: AdapterOptions,
+    graph: Graph,
+    config: Config,
+    registry: WeightRegistry,
+    trace: Callable[[str], None] | None = None,
+) -> Adapted:
+    """Open the adapters, check that they fit the model, and decide about every matrix.
+
+    Raises:
+        RlxcError: an adapter is damaged, does not fit, or asks for what is not implemented.
+    """
+    base = AdapterBase(graph.name, config.layers, config.heads, config.kv_heads)
+    shapes = {weight.name: tuple(map(int, weight.type.shape)) for weight in graph.weights}
+    adapters: list[tuple[Adapter, float]] = []
+    for path, scale in map(_with_scale, options.adapters):
+        adapter = open_adapter(path, base)
+        if any(adapter.name == other.name for other, _ in adapters):
+            raise OptionError(
+                f"two adapters are called {adapter.name!r}", source=path, remedy="rename one of the files"
+            )
+        check_fits(adapter, shapes)
+        register(adapter, registry)
+        adapters.append((adapter, scale))
+    formats = _formats(options.quantize, graph)
+    wanted = _changes(adapters)
+    fold_to = _fold_formats(options, graph, wanted, formats)
+    choice = run_passes(graph, [ChooseLoraStrategy(wanted, options.mode, fold_to)], trace=trace)
+    decisions = choice.facts.get("lora_strategy", {})
+    folded = {name for name, decision in decisions.items() if decision["fold"]}
+    split = set(decisions) - folded
+    if options.mode == "split":
+        split |= _linear_weights(graph)
+    changes = WeightChanges(
+        formats={name: dtype for name, dtype in formats.items() if name not in folded},
+        folded={name: wanted[name] for name in wanted if name in folded},
+        fold_to=fold_to,
+        split=frozenset(split),
+    )
+    return Adapted(changes, tuple(adapters), decisions)
+
+
+def lora_plan(groups: Iterable[Mapping[str, Any]], dtype: DType, max_rank: int) -> LoraPlan:
+    """The plan that an artifact's manifest holds, from the fact ``lora`` of the pass."""
+    return LoraPlan(
+        dtype,
+        -(-max_rank // UNIT_RANK) * UNIT_RANK,
+        tuple(
+            LoraGroup(group["kind"], group["down"], tuple(LoraPart(**part) for part in group["parts"]))
+            for group in groups
+        ),
+    )
+
+
+def _with_scale(argument: AdapterArgument) -> tuple[Path, float]:
+    path, scale = argument if isinstance(argument, tuple) else (argument, 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise OptionError(f"an adapter's scale must be a number, got {scale!r}", source=path)
+    return Path(path), float(scale)
+
+
+def _changes(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, list[Change]]:
+    """What changes each matrix, in the adapters' order."""
+    changes: dict[str, list[Change]] = {}
+    for adapter, scale in adapters:
+        for tensor in adapter.replacements:
+            changes.setdefault(tensor, []).append(Replacement(f"{tensor}.{adapter.name}.replacement"))
+        for tensor, pair in adapter.pairs.items():
+            key = f"{tensor}.{adapter.name}"
+            magnitude = None if pair.magnitude is None else f"{key}.lora_magnitude"
+            delta = Delta(f"{key}.lora_a", f"{key}.lora_b", pair.rank, scale * pair.scale, magnitude)
+            changes.setdefault(tensor, []).append(delta)
+    return changes
+
+
+def _fold_formats(
+    options: AdapterOptions, graph: Graph, names: Iterable[str], formats: Mapping[str, DType]
+) -> dict[str, DType]:
+    """What each matrix is encoded in if it is folded: the format asked for, or else its own."""
+    result = {}
+    for name in names:
+        weight = graph.stored(graph.weight[name])
+        wanted = DType(options.fold_to) if options.fold_to else formats.get(name, weight.type.dtype)
+        result[name] = fitting(wanted, int(weight.type.shape[1]))
+    return result
+
+
+def _formats(quantize: str, graph: Graph) -> dict[str, DType]:
+    """What each matrix is encoded in; the 4-bit formats with blocks of 64 are for products, not for tables."""
+    dtype = QUANTIZE_FORMATS[quantize]
+    if dtype is None:
+        return {}
+    linear = _linear_weights(graph)
+    return {
+        weight.name: fitting(dtype, int(weight.type.shape[1]))
+        for weight in graph.weights
+        if len(weight.type.shape) == 2 and (weight.name in linear or dtype not in _FLOAT_CODEBOOKS)
+    }
+
+
+def _linear_weights(graph: Graph) -> set[str]:
+    """The matrices of the layers' products."""
+    users = (node for node in graph.nodes if isinstance(node.op, MatMul | DequantMatMul))
+    return {node.inputs[1] for node in users if node.inputs[1].startswith("blk.")}
