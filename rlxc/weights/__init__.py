@@ -12,7 +12,7 @@ from rlxc.weights.registry import (
     TiedAlias,
     WeightKind,
     WeightRegistry,
-    registry_from_gguf,
+    base_registry,
 )
 
 __all__ = [
@@ -33,5 +33,5 @@ __all__ = [
     "WeightKind",
     "WeightRegistry",
     "open_gguf",
-    "registry_from_gguf",
+    "base_registry",
 ]

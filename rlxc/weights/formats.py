@@ -1,9 +1,13 @@
-"""GGUF's block formats, as one table that says where every bit of a block lies.
+"""The block formats of GGUF and of QLoRA, as one table that says where every bit of a block lies.
 
 A block holds ``block_size`` weights in ``block_bytes`` bytes: small integer codes, and per sub-block an f32
 scale and, in some formats, an f32 minimum, with ``weight = scale * code - minimum``.  A scale (or minimum) is
 an f16 of the block, in the K-quants times a small integer of the sub-block.  Both products are exact in f32,
 so decoding agrees with ggml bit for bit.  Layouts: ggml's ``ggml-common.h``.
+
+The formats of QLoRA have blocks of 64 weights and an f32 scale for each.  Codes of NF4 and FP4 are indices into
+a codebook, ``weight = scale * codebook[code]`` in f32, which is what bitsandbytes computes, and its bytes of codes
+are ours.  INT4 has integers, as the K-quants do.
 
 To add a format, add a row to the table: the readers below are driven by it.
 """
@@ -23,6 +27,10 @@ from rlxc.dtypes import DType
 from rlxc.errors import WeightError
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.floating[Any]]
+
+_F16 = np.dtype("<f2")
+_F32 = np.dtype("<f4")
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,14 @@ class Bits:
         for s, shift in enumerate(self.shifts):
             out[:, :, s] = words >> word(shift) & mask
         return out.view(np.uint8).reshape(len(blocks), self.count)
+
+    def write(self, integers: Bytes, blocks: Bytes) -> None:
+        """Sets the field, all zeros so far, to the low bits of ``[blocks, count]``."""
+        raw = blocks[:, self.offset : self.offset + self.nbytes].reshape(len(blocks), -1, self.run)
+        by_shift = integers.reshape(len(blocks), -1, len(self.shifts), self.run)
+        mask = np.uint8((1 << self.width) - 1)
+        for s, shift in enumerate(self.shifts):
+            raw |= (by_shift[:, :, s] & mask) << np.uint8(shift)
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,17 @@ class Integers:
             out += np.int8(self.bias)
         return out
 
+    def write(self, integers: npt.NDArray[np.int8], blocks: Bytes) -> None:
+        """Sets the fields, all zeros so far, to ``[blocks, count]``."""
+        unsigned = (integers - np.int8(self.bias)).view(np.uint8)
+        start = 0
+        for fields in self.parts:
+            part = unsigned[:, start : start + fields[0].count]
+            for field in fields:
+                field.write(part, blocks)
+                part = part >> np.uint8(field.width % 8)
+            start += fields[0].count
+
 
 def _stack(fields: tuple[Bits, ...], blocks: Bytes) -> Bytes:
     out = fields[0].read(blocks)
@@ -111,36 +138,46 @@ def _stack(fields: tuple[Bits, ...], blocks: Bytes) -> Bytes:
 
 @dataclass(frozen=True)
 class Scale:
-    """The f16 at ``offset`` times ``sign``, and times an integer per sub-block where a block has several."""
+    """The float at ``offset`` times ``sign``, and times an integer per sub-block where a block has several."""
 
     offset: int
     factors: Integers | None = None
     sign: int = 1
+    base: np.dtype[Any] = _F16
 
     def read(self, blocks: Bytes) -> Scales:
         """The scales of ``[blocks, block_bytes]``."""
-        half = blocks[:, self.offset : self.offset + 2].copy().view("<f2")
+        raw = blocks[:, self.offset : self.offset + self.base.itemsize].copy()
         if self.sign < 0:
-            half.view("<u2")[...] ^= np.uint16(0x8000)
-        return Scales(half, self.factors.read(blocks) if self.factors else None)
+            raw[:, -1] ^= np.uint8(0x80)
+        return Scales(raw.view(self.base), self.factors.read(blocks) if self.factors else None)
+
+    def write(self, scales: Scales, blocks: Bytes) -> None:
+        """Sets the bytes of the scales, all zeros so far, from those of rows."""
+        raw = scales.base.astype(self.base).reshape(-1, 1).view(np.uint8)
+        if self.sign < 0:
+            raw[:, -1] ^= np.uint8(0x80)
+        blocks[:, self.offset : self.offset + self.base.itemsize] = raw
+        if self.factors is not None and scales.factors is not None:
+            self.factors.write(scales.factors.reshape(len(blocks), -1), blocks)
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales (or minimums) as stored: ``base`` f16 ``[rows, blocks]``, ``factors`` int8 ``[rows, sub_blocks]``."""
+    """Scales (or minimums) as stored.
 
-    base: npt.NDArray[np.float16]
+    ``base`` is f16 (f32 in the formats of QLoRA) ``[rows, blocks]``, ``factors`` int8 ``[rows, sub_blocks]``.
+    """
+
+    base: Floats
     factors: npt.NDArray[np.int8] | None
 
-    def values(self) -> npt.NDArray[np.float32]:
-        """The f32 scales, ``[rows, sub_blocks]``, exact."""
-        base = self.base.astype(np.float32)
-        if self.factors is None:
-            return base
-        by_block = self.factors.reshape(*base.shape, self.factors.shape[1] // base.shape[1]).astype(
-            np.float32
-        )
-        return (base[..., None] * by_block).reshape(self.factors.shape)
+    def values(self, per_block: int) -> npt.NDArray[np.float32]:
+        """The f32 scales, ``[rows, blocks * per_block]``, exact, where a block has ``per_block`` sub-blocks."""
+        values = np.repeat(self.base.astype(np.float32), per_block, axis=1)
+        if self.factors is not None:
+            values *= self.factors
+        return values
 
     def by_rows(self, rows: int, blocks: int) -> Scales:
         """The scales of ``rows * blocks`` single blocks as those of rows."""
@@ -163,6 +200,7 @@ class Fields:
 class Planes:
     """Unpacked rows: ``weight = scales * codes - mins``, scales and minimums each covering one sub-block.
 
+    In a format with a codebook, ``codes`` are its indices: ``weight = scales * codebook[codes]``.
     ``codes`` is int8 ``[rows, in]``; ``scales`` and ``mins`` are f32 ``[rows, in // sub_block]``.
     """
 
@@ -173,7 +211,10 @@ class Planes:
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How one element type lies in bytes; without ``codes`` it is a float format of one element a block."""
+    """How one element type lies in bytes; without ``codes`` it is a float format of one element a block.
+
+    ``codebook`` has the value that a code stands for, where that is not the code itself.
+    """
 
     dtype: DType
     block_size: int
@@ -182,11 +223,22 @@ class BlockFormat:
     codes: Integers | None = None
     scale: Scale | None = None
     minimum: Scale | None = None
+    codebook: tuple[float, ...] | None = None
 
     @property
     def ggml_type(self) -> Ggml:
-        """The number that GGUF files give the type."""
-        return Ggml[self.dtype.name]
+        """The number that GGUF files give the type.
+
+        Raises:
+            WeightError: GGUF files have no such type; those they have are in :data:`GGML_FORMATS`.
+        """
+        kind = Ggml.__members__.get(self.dtype.name)
+        if kind is None:
+            raise WeightError(
+                f"GGUF has no type {self.dtype}",
+                remedy="choose another format, such as q4_0, for a GGUF file",
+            )
+        return kind
 
     @property
     def is_float(self) -> bool:
@@ -238,6 +290,23 @@ class BlockFormat:
             minimum=self.minimum.read(blocks).by_rows(*shape) if self.minimum else None,
         )
 
+    def pack(self, fields: Fields) -> Bytes:
+        """Packed rows, ``uint8 [rows, row_bytes]``, that hold these numbers: what :meth:`fields` reads.
+
+        Raises:
+            WeightError: the codes are not whole blocks, or this is a float format, which has no codes.
+        """
+        if self.codes is None or self.scale is None:
+            raise WeightError(f"{self.dtype} weights have no codes", remedy="encode values instead")
+        rows, columns = fields.codes.shape
+        row_bytes = self.row_bytes(columns)
+        blocks = np.zeros((rows * columns // self.block_size, self.block_bytes), np.uint8)
+        self.codes.write(fields.codes.reshape(len(blocks), self.block_size), blocks)
+        self.scale.write(fields.scale, blocks)
+        if self.minimum is not None and fields.minimum is not None:
+            self.minimum.write(fields.minimum, blocks)
+        return blocks.reshape(rows, row_bytes)
+
     def unpack(self, data: Bytes) -> Planes:
         """Codes, scales and minimums of packed rows, ``uint8 [rows, row_bytes]``, in fresh memory.
 
@@ -245,12 +314,13 @@ class BlockFormat:
             WeightError: as :meth:`fields`.
         """
         fields = self.fields(data)
+        per_block = self.block_size // self.sub_block
         # An inf times a code of zero is NaN, and so it is in ggml: no reason to warn.
         with np.errstate(all="ignore"):
             return Planes(
                 codes=fields.codes,
-                scales=fields.scale.values(),
-                mins=fields.minimum.values() if fields.minimum else None,
+                scales=fields.scale.values(per_block),
+                mins=fields.minimum.values(per_block) if fields.minimum else None,
             )
 
     def decode(self, data: Bytes, in_features: int) -> npt.NDArray[np.float32]:
@@ -268,13 +338,18 @@ class BlockFormat:
         if self.is_float:
             return _decode_float(self.dtype, self._blocks(data)).reshape(len(data), in_features)
         planes = self.unpack(data)
-        out = planes.codes.astype(np.float32)
+        out = self._code_values(planes.codes)
         by_sub_block = out.reshape(*planes.scales.shape, self.sub_block)
         with np.errstate(all="ignore"):
             by_sub_block *= planes.scales[..., None]
             if planes.mins is not None:
                 by_sub_block -= planes.mins[..., None]
         return out
+
+    def _code_values(self, codes: npt.NDArray[np.int8]) -> npt.NDArray[np.float32]:
+        if self.codebook is None:
+            return codes.astype(np.float32)
+        return np.array(self.codebook, np.float32)[codes]
 
     def _blocks(self, data: Bytes) -> Bytes:
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] % self.block_bytes:
@@ -321,8 +396,21 @@ _Q4_CODES = _ints(_bits(4, 16, 128, 32))
 _Q5_CODES = _ints(_bits(4, 48, 128, 32), _bits(1, 16, 32, 32))
 _Q6_CODES = _ints(_bits(4, 0, 128, 64), _bits(2, 128, 64, 32), bias=-32)
 
+# The formats of QLoRA: an f32 and 64 codes of 4 bits; bitsandbytes has the first of a pair in the high nibble.
+_F32_SCALE = Scale(0, base=_F32)
+_HIGH_FIRST = _ints(Bits(4, 32, 4, 1, (4, 0)))
+# Quantiles of the normal distribution (Dettmers et al. 2023, "QLoRA", appendix E), as rounded in bitsandbytes.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# A sign, two bits of exponent, one of fraction; divided by the greatest value, 12.
+_FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
 # dtype, block size, block bytes, sub-block; then codes, scale and minimum. Q4_1 and Q5_1 store the minimum
-# with the opposite sign: weight = d * code + m.
+# with the opposite sign: weight = d * code + m. A sub-block is never more than 32 weights, since that is what
+# kernels read at a time: the two of a block of 64 have the same scale.
 _TABLE = (
     BlockFormat(DType.F32, 1, 4),
     BlockFormat(DType.F16, 1, 2),
@@ -339,6 +427,13 @@ _TABLE = (
     BlockFormat(DType.Q4_K, 256, 144, 32, _Q4_CODES, Scale(0, _K_SCALES), Scale(2, _K_MINS)),
     BlockFormat(DType.Q5_K, 256, 176, 32, _Q5_CODES, Scale(0, _K_SCALES), Scale(2, _K_MINS)),
     BlockFormat(DType.Q6_K, 256, 210, 16, _Q6_CODES, Scale(208, _Q6_SCALES)),
+    BlockFormat(DType.NF4, 64, 36, 32, _HIGH_FIRST, _F32_SCALE, codebook=_NF4),
+    BlockFormat(DType.FP4, 64, 36, 32, _HIGH_FIRST, _F32_SCALE, codebook=_FP4),
+    BlockFormat(DType.INT4, 64, 36, 32, _ints(_bits(4, 4, 32, 1), bias=-8), _F32_SCALE),
 )
 
 FORMATS: Mapping[DType, BlockFormat] = MappingProxyType({row.dtype: row for row in _TABLE})
+GGML_FORMATS: Mapping[Ggml, BlockFormat] = MappingProxyType(
+    {row.ggml_type: row for row in _TABLE if row.dtype.name in Ggml.__members__}
+)
+"""The formats that GGUF files hold, by the number they have there."""

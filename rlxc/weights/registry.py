@@ -14,7 +14,7 @@ from types import TracebackType
 from rlxc.dtypes import DType
 from rlxc.errors import WeightError
 from rlxc.weights.formats import FORMATS
-from rlxc.weights.gguf import GgufFile
+from rlxc.weights.source import ModelFile
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ class Pin:
         self.release()
 
 
-def registry_from_gguf(file: GgufFile) -> WeightRegistry:
-    """All tensors of a file as base weights, keyed by their GGUF names; tying is the model's business."""
+def base_registry(file: ModelFile) -> WeightRegistry:
+    """All tensors of a model as base weights, keyed by their GGUF names; tying is the model's business."""
     registry = WeightRegistry()
     for info in file.tensors.values():
         if info.dtype is DType.F32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+
+# What tests share with the scripts that make their reference data lies beside them.
+sys.path.insert(0, str(Path(__file__).parent))
 
 GgufWriterFn = Callable[..., Path]
 

@@ -1,9 +1,15 @@
-"""Block formats against the ``gguf`` package's dequantisers: equal bit for bit, so no tolerance anywhere."""
+"""Block formats against the ``gguf`` package's dequantisers, and those of QLoRA against their definitions.
+
+All are equal bit for bit, so there is no tolerance, but for the quantiles that NF4 was rounded from.
+"""
 
 from __future__ import annotations
 
+import itertools
+import struct
 import tracemalloc
 import warnings
+from statistics import NormalDist
 
 import gguf
 import numpy as np
@@ -11,11 +17,14 @@ import pytest
 
 from rlxc.dtypes import DType
 from rlxc.errors import WeightError
-from rlxc.weights.formats import FORMATS, BlockFormat
+from rlxc.weights.formats import FORMATS, GGML_FORMATS, BlockFormat
 from rlxc.weights.gguf import open_gguf
 
 ALL = list(FORMATS.values())
+GGML = list(GGML_FORMATS.values())
 BLOCKS = [form for form in ALL if not form.is_float]
+GGML_BLOCKS = [form for form in GGML if not form.is_float]
+QLORA = [FORMATS[dtype] for dtype in (DType.NF4, DType.FP4, DType.INT4)]
 FLOATS = [form for form in ALL if form.is_float]
 # f16: zeros, infinities, quiet and signalling NaN, least subnormals, least normal, greatest, one.
 EXTREME_HALVES = np.array(
@@ -55,7 +64,17 @@ def test_table_holds_every_packed_dtype_and_the_floats():
     assert {form.dtype for form in FLOATS} == floats
 
 
-@per_format(ALL)
+def test_formats_that_gguf_lacks_are_those_of_qlora():
+    assert [form for form in ALL if form not in GGML] == QLORA
+
+
+@per_format(QLORA)
+def test_format_that_gguf_lacks_has_no_number_there(form):
+    with pytest.raises(WeightError, match=f"GGUF has no type {form.dtype}"):
+        _ = form.ggml_type
+
+
+@per_format(GGML)
 def test_block_sizes_are_those_of_gguf(form):
     assert (form.block_size, form.block_bytes) == gguf.GGML_QUANT_SIZES[form.ggml_type]
 
@@ -65,7 +84,7 @@ def test_row_accounts_for_every_bit_of_a_block_once(form):
     scales = [scale for scale in (form.scale, form.minimum) if scale]
     seen = np.zeros((form.block_bytes, 8), int)
     for scale in scales:
-        seen[scale.offset : scale.offset + 2] += 1
+        seen[scale.offset : scale.offset + scale.base.itemsize] += 1
     for integers in [form.codes, *(scale.factors for scale in scales if scale.factors)]:
         for part in integers.parts:
             for bits in part:
@@ -75,18 +94,60 @@ def test_row_accounts_for_every_bit_of_a_block_once(form):
 
 
 @per_format(BLOCKS)
-def test_row_has_a_code_per_weight_and_a_scale_per_sub_block(form):
+def test_row_has_a_code_per_weight_and_a_factor_per_sub_block(form):
     assert form.codes.count == form.block_size
+    assert form.block_size % form.sub_block == 0
     factors = form.scale.factors
-    assert (factors.count if factors else 1) == form.block_size // form.sub_block
+    assert factors is None or factors.count == form.block_size // form.sub_block
 
 
-@per_format(ALL)
+@per_format(QLORA)
+def test_qlora_block_decodes_as_it_is_defined(form):
+    data = random_rows(form, rows=4)
+    decoded = form.decode(data, 192).reshape(-1, 64)
+    high_first = form.dtype is not DType.INT4
+    for block, weights in zip(data.reshape(-1, 36), decoded):
+        (scale,) = struct.unpack_from("<f", block)
+        for i, weight in enumerate(weights):
+            code = block[4 + i // 2] >> (4 if (i % 2 == 0) == high_first else 0) & 15
+            value = int(code) - 8 if form.codebook is None else form.codebook[code]
+            with np.errstate(all="ignore"):
+                np.testing.assert_array_equal(weight, np.float32(scale) * np.float32(value))
+
+
+def test_nf4_values_are_quantiles_of_the_normal_distribution():
+    # QLoRA, section 3: 8 positive and 7 negative quantiles, and zero, over the greatest. The last probability is
+    # what makes the first of 8 and the last of 7 lie equally far from the ends, in bitsandbytes 0.9677083.
+    def quantiles(count: int) -> np.ndarray:
+        probabilities = np.linspace(0.9677083, 0.5, count + 1)[:-1]
+        return np.array([NormalDist().inv_cdf(p) for p in probabilities])
+
+    expected = np.sort(np.concatenate([quantiles(8), [0], -quantiles(7)])) / quantiles(8)[0]
+    # bitsandbytes computed them in f32 and by another inverse of the distribution.
+    np.testing.assert_allclose(FORMATS[DType.NF4].codebook, expected, rtol=0, atol=2e-7)
+
+
+def test_fp4_values_are_a_sign_two_bits_of_exponent_and_one_of_fraction():
+    expected = []
+    for sign, high, low, fraction in itertools.product((0, 1), repeat=4):
+        exponent = 2 * high + low
+        value = 0.0625 * fraction if exponent == 0 else 2.0 ** (4 - exponent) * (1 + fraction / 2)
+        expected.append((-1) ** sign * value / 12)
+    assert list(FORMATS[DType.FP4].codebook) == expected
+
+
+@per_format(BLOCKS)
+def test_packing_what_was_read_gives_the_same_bytes(form):
+    data = random_rows(form)
+    np.testing.assert_array_equal(form.pack(form.fields(data)), data)
+
+
+@per_format(GGML)
 def test_random_bytes_decode_as_gguf_decodes_them(form):
     assert_decodes_as_gguf_does(form, random_rows(form))
 
 
-@per_format(BLOCKS)
+@per_format(GGML_BLOCKS)
 def test_extreme_scales_decode_as_gguf_decodes_them(form):
     pairs = [(a, b) for a in EXTREME_HALVES for b in EXTREME_HALVES]
     data = random_rows(form, rows=len(pairs), blocks=1)
@@ -116,7 +177,8 @@ def test_weights_are_scales_times_codes_minus_mins(form):
     data = random_rows(form)
     planes = form.unpack(data)
     with np.errstate(all="ignore"):
-        weights = np.repeat(planes.scales, form.sub_block, axis=1) * planes.codes.astype(np.float32)
+        values = planes.codes if form.codebook is None else np.array(form.codebook)[planes.codes]
+        weights = np.repeat(planes.scales, form.sub_block, axis=1) * values.astype(np.float32)
         if planes.mins is not None:
             weights = weights - np.repeat(planes.mins, form.sub_block, axis=1)
     np.testing.assert_array_equal(weights, form.decode(data, in_features(form, data)))
@@ -214,6 +276,13 @@ def test_data_of_another_dtype_is_refused():
 def test_float_format_has_no_codes_to_unpack(form):
     with pytest.raises(WeightError, match="have no codes"):
         form.unpack(np.zeros((1, 8), np.uint8))
+
+
+@per_format(FLOATS)
+def test_float_format_has_no_codes_to_pack(form):
+    fields = FORMATS[DType.Q8_0].fields(np.zeros((1, 34), np.uint8))
+    with pytest.raises(WeightError, match="have no codes"):
+        form.pack(fields)
 
 
 def test_real_model_decodes_as_gguf_decodes_it(gemma_gguf):

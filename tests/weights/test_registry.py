@@ -16,7 +16,7 @@ from rlxc.weights.registry import (
     Packed,
     TiedAlias,
     WeightRegistry,
-    registry_from_gguf,
+    base_registry,
 )
 
 
@@ -240,7 +240,7 @@ def test_tensors_of_a_file_become_base_weights(write_gguf):
         writer.add_tensor("packed", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
 
     with open_gguf(write_gguf(fill)) as file:
-        registry = registry_from_gguf(file)
+        registry = base_registry(file)
         assert [registry.resolve(key) for key in registry] == [
             F32("norm", (32,)),
             Packed("half", DType.F16, (3, 8)),

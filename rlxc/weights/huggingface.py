@@ -1,0 +1,298 @@
+"""Hugging Face folders, read as if they were GGUF files: ``config.json`` and safetensors.
+
+Tensors are translated as they are asked for: names, Llama's order of rows in q and k, Gemma's ``1 +`` in norms, f32
+for everything of one dimension. Matrices are borrowed from the mapping as they are, unless their rows are permuted
+or bitsandbytes packed them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.dtypes import DType
+from rlxc.errors import FormatError, ModelError, UnsupportedError, WeightError
+from rlxc.weights.files import MappedFile, parse_json, read_bytes
+from rlxc.weights.formats import FORMATS
+from rlxc.weights.gguf_header import MetaValue, quote
+from rlxc.weights.hf_bnb import FourBitWeight, open_four_bit
+from rlxc.weights.hf_config import HfConfig, read_config
+from rlxc.weights.names import adds_one, gguf_rows, to_huggingface
+from rlxc.weights.safetensors import SafetensorsFile
+
+_CONFIG = "config.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FINGERPRINTED = (
+    _CONFIG,
+    _INDEX,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""Besides the weights, everything that decides what is compiled."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
+_FLOATS = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
+# The frequencies of rotary embedding follow from the configuration; old files have them as well.
+_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb(_local)?\.inv_freq")
+
+Bytes = npt.NDArray[np.uint8]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A tensor as GGUF would have it; ``source`` is its name in the folder, empty if it was computed."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+    source: str
+
+
+class HfFolder:
+    """An open Hugging Face folder; get one from `open_folder`.
+
+    Attributes:
+        path: the folder.
+        metadata: what ``config.json`` says, with GGUF's keys.
+        tensors: by GGUF name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = read_config(parse_json(read_bytes(path / _CONFIG), path / _CONFIG), path / _CONFIG)
+        self.metadata: Mapping[str, MetaValue] = MappingProxyType(
+            {**config.metadata, "general.name": path.resolve().name}
+        )
+        self._shards = _open_shards(path)
+        self._others = [MappedFile(path / name) for name in _FINGERPRINTED if (path / name).exists()]
+        tensors = _Translation(path, config, self._shards)
+        self.tensors: Mapping[str, HfTensor] = MappingProxyType(tensors.infos)
+        self._readers = tensors.readers
+
+    def data(self, name: str) -> Bytes:
+        """The bytes of a tensor, ``uint8 [nbytes]``, which outlive `close`: a view of the mapping, or made now.
+
+        Raises:
+            WeightError: there is no such tensor, or the folder is closed.
+        """
+        if name not in self.tensors:
+            raise WeightError(
+                f"has no tensor {quote(name)}",
+                source=self.path,
+                remedy="list its tensors with `rlxc inspect`",
+            )
+        self._open()
+        return self._readers[name]()
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the configuration, the tokenizer's files and the weights, each with its name.
+
+        Raises:
+            FormatError: a file is gone or has changed since it was opened.
+            WeightError: the folder is closed.
+        """
+        digest = hashlib.sha256()
+        files: list[MappedFile | SafetensorsFile] = [*self._others, *self._open()]
+        for file in files:
+            content = hashlib.sha256()
+            file.hash_into(content)
+            digest.update(f"{file.path.name}\0".encode() + content.digest())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the mappings; they end when the last view from `data` is gone."""
+        for shard in self._shards:
+            shard.close()
+        self._shards, self._readers = [], {}
+
+    def __enter__(self) -> HfFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> list[SafetensorsFile]:
+        if not self._shards:
+            raise WeightError("the folder is closed", source=self.path, remedy="open it again")
+        return self._shards
+
+
+def open_folder(path: str | PathLike[str]) -> HfFolder:
+    """Open a Hugging Face folder.
+
+    Raises:
+        FormatError: a file is missing, damaged or cut short, or this is no such folder.
+        UnsupportedError: a kind of model, or something in it, that is not implemented.
+        ModelError: configuration and tensors do not make up a model.
+    """
+    folder = Path(path)
+    if not (folder / _CONFIG).exists():
+        raise FormatError(f"has no {_CONFIG}", source=folder, remedy=_remedy(folder))
+    return HfFolder(folder)
+
+
+def _remedy(folder: Path) -> str:
+    """What to do with a folder that is no model."""
+    if (folder / "adapter_config.json").exists():
+        return "this is an adapter: pass the model, and the adapter with --lora"
+    if (folder / "manifest.json").exists():
+        return "this is a compiled artifact: pass the model that it was made from"
+    return "pass a GGUF file, or a Hugging Face folder with config.json and safetensors"
+
+
+def _open_shards(path: Path) -> list[SafetensorsFile]:
+    """The weights' files, checked against the index that names them."""
+    single, index = path / _SINGLE, path / _INDEX
+    if single.exists() and index.exists():
+        raise FormatError(
+            f"has {_SINGLE} as well as {_INDEX}", source=path, remedy="keep the one that is the model"
+        )
+    if single.exists():
+        return [SafetensorsFile(single)]
+    if not index.exists():
+        if any(path.glob("*.bin")) or any(path.glob("*.pth")):
+            raise UnsupportedError(
+                "its weights are pickled, and reading a pickle can run code",
+                source=path,
+                remedy="save the model with Transformers as safetensors",
+            )
+        raise FormatError(f"has no {_SINGLE} and no {_INDEX}", source=path, remedy="download the weights too")
+    places = parse_json(read_bytes(index), index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise FormatError("weight_map is missing or no object", source=index, remedy="download it again")
+    for tensor, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise FormatError(
+                f"weight_map puts {quote(tensor)} into {quote(name)}, which is no file beside it",
+                source=index,
+                remedy="download it again",
+            )
+    shards = []
+    for name in sorted(set(places.values())):
+        if not (path / name).exists():
+            raise FormatError("is missing", source=path / name, remedy=f"{_INDEX} names it: download it too")
+        shard = SafetensorsFile(path / name)
+        promised = {tensor for tensor, place in places.items() if place == name}
+        wrong = sorted(promised ^ shard.tensors.keys())
+        if wrong:
+            there = "has no tensor" if wrong[0] in promised else f"is not where {_INDEX} has tensor"
+            raise FormatError(
+                f"{there} {quote(wrong[0])}", source=shard.path, remedy="put the files of one model together"
+            )
+        shards.append(shard)
+    return shards
+
+
+class _Translation:
+    """Finds each tensor that the configuration asks for, and makes sure that none is left."""
+
+    def __init__(self, path: Path, config: HfConfig, shards: list[SafetensorsFile]) -> None:
+        self.path, self.config = path, config
+        self.files = {name: shard for shard in shards for name in shard.tensors}
+        self.infos: dict[str, HfTensor] = {}
+        self.readers: dict[str, Callable[[], Bytes]] = {}
+        self._used: set[str] = set()
+        for name, shape in config.shapes.items():
+            self._add(name, shape)
+        if config.rope_factors is not None:
+            factors = np.ascontiguousarray(config.rope_factors, "<f4").view(np.uint8)
+            info = HfTensor(_ROPE_FACTORS, DType.F32, config.rope_factors.shape, factors.nbytes, "")
+            self._put(info, factors.copy)
+        if config.tied:
+            self._drop_tied_output()
+        self._used.update(filter(_DERIVED.fullmatch, self.files))
+        left = sorted(self.files.keys() - self._used)
+        if left:
+            raise ModelError(
+                f"{len(left)} tensors have no place in the model that {_CONFIG} describes: {', '.join(left[:3])}",
+                source=path,
+                remedy="dropping them could change the result",
+            )
+
+    def _add(self, name: str, shape: tuple[int, ...]) -> None:
+        source = to_huggingface(self.config.architecture, name)
+        if source not in self.files:
+            raise ModelError(f"tensor {source} is missing", source=self.path, remedy=f"{_CONFIG} asks for it")
+        if len(shape) == 1:
+            self._check_plain(source, shape)
+            self._put(HfTensor(name, DType.F32, shape, 4 * shape[0], source), partial(self._vector, name))
+            return
+        four_bit = self.config.four_bit
+        packed = open_four_bit(self.files, source, four_bit, shape) if four_bit else None
+        dtype = packed.dtype if packed else self._check_plain(source, shape)
+        self._used.update(packed.parts if packed else ())
+        nbytes = shape[0] * FORMATS[dtype].row_bytes(shape[1])
+        self._put(HfTensor(name, dtype, shape, nbytes, source), partial(self._matrix, name, packed))
+
+    def _put(self, info: HfTensor, reader: Callable[[], Bytes]) -> None:
+        self.infos[info.name], self.readers[info.name] = info, reader
+        self._used.add(info.source)
+
+    def _check_plain(self, source: str, shape: tuple[int, ...]) -> DType:
+        file = self.files[source]
+        found = file.tensors[source]
+        if found.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"tensor {source} has element type {found.dtype}",
+                source=file.path,
+                remedy=f"supported: {', '.join(_FLOATS)}, and bitsandbytes' 4 bits",
+            )
+        if found.shape != shape:
+            raise ModelError(
+                f"tensor {source} has shape {list(found.shape)}, but {_CONFIG} asks for {list(shape)}",
+                source=file.path,
+            )
+        return _FLOATS[found.dtype]
+
+    def _matrix(self, name: str, packed: FourBitWeight | None) -> Bytes:
+        info = self.infos[name]
+        raw = packed.rows() if packed else self.files[info.source].data(info.source)
+        return self._in_order(name, raw.reshape(info.shape[0], -1)).reshape(-1)
+
+    def _vector(self, name: str) -> Bytes:
+        source = self.infos[name].source
+        values = self.files[source].floats(source)
+        if adds_one(self.config.architecture, name):
+            values = values + np.float32(1)
+        return np.ascontiguousarray(self._in_order(name, values), "<f4").view(np.uint8)
+
+    def _in_order(self, name: str, rows: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+        return gguf_rows(self.config.architecture, name, rows, self.config.heads, self.config.kv_heads)
+
+    def _drop_tied_output(self) -> None:
+        """A stored output matrix that is the embedding once more; to drop another would change every logit."""
+        table, output = "model.embed_tokens.weight", "lm_head.weight"
+        if output not in self.files:
+            return
+        ours, theirs = self.files[table], self.files[output]
+        same_kind = ours.tensors[table].dtype == theirs.tensors[output].dtype
+        if not same_kind or not _equal_bytes(ours.data(table), theirs.data(output)):
+            raise ModelError(
+                f"tie_word_embeddings is true, but {output} differs from {table}",
+                source=self.path,
+                remedy=f"set tie_word_embeddings to false in {_CONFIG} if the model has its own output matrix",
+            )
+        self._used.add(output)
+
+
+def _equal_bytes(a: Bytes, b: Bytes) -> bool:
+    step = 1 << 22  # comparing makes a temporary array as large as what is compared
+    return len(a) == len(b) and all(
+        np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, len(a), step)
+    )

@@ -1,0 +1,192 @@
+"""Tensors as Hugging Face's files and as GGUF files name and order them, and the way from one to the other.
+
+Facts from llama.cpp's ``convert_hf_to_gguf.py`` and ``gguf``'s ``TensorNameMap``.  GGUF differs in two ways: it
+stores Llama's q and k with the rows of each head permuted, so that rope pairs neighbouring rows, and Gemma's
+norm weights with the ``1 +`` of their formula added.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from rlxc.errors import UnsupportedError, WeightError
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+_MODEL = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_HEAD = ("output", "lm_head")
+_LLAMA = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA3 = {
+    **_LLAMA,
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_BLOCKS: Mapping[str, Mapping[str, str]] = MappingProxyType({"gemma3": _GEMMA3, "llama": _LLAMA})
+_FROM_HF = {architecture: {hf: name for name, hf in table.items()} for architecture, table in _BLOCKS.items()}
+_MODEL_FROM_HF = {hf: name for name, hf in _MODEL.items()}
+
+# Text models have the first prefix; within a model of text and images, Transformers wrote the second before
+# 4.52 and writes the third since.
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+_HEAD_PREFIXES = ("", "language_model.")
+_PART = re.compile(r"(?P<part>.+)\.(?P<suffix>weight|bias)", re.DOTALL)
+_LAYER = r"(?P<layer>0|[1-9][0-9]{0,4})"
+_HF_LAYER = re.compile(rf"layers\.{_LAYER}\.(?P<part>.+)", re.DOTALL)
+_GGUF_LAYER = re.compile(rf"blk\.{_LAYER}\.(?P<part>.+)", re.DOTALL)
+
+
+def to_gguf(architecture: str, name: str) -> str | None:
+    """The GGUF name of a Hugging Face tensor, or None if the architecture has no such tensor.
+
+    Args:
+        architecture: as GGUF spells it, such as ``llama``.
+        name: such as ``model.layers.0.self_attn.q_proj.weight``, which is ``blk.0.attn_q.weight``.
+
+    Raises:
+        UnsupportedError: nothing is known about the architecture.
+    """
+    table = _from_hf(architecture)
+    found = _PART.fullmatch(name)
+    if found is None:
+        return None
+    part, suffix = found["part"], found["suffix"]
+    if part in (prefix + _HEAD[1] for prefix in _HEAD_PREFIXES):
+        return f"{_HEAD[0]}.{suffix}"
+    # The longest prefix first: one begins like another.
+    prefix = next((p for p in sorted(_PREFIXES, key=len, reverse=True) if part.startswith(p)), None)
+    if prefix is None:
+        return None
+    part = part[len(prefix) :]
+    layer = _HF_LAYER.fullmatch(part)
+    if layer is None:
+        return f"{_MODEL_FROM_HF[part]}.{suffix}" if part in _MODEL_FROM_HF else None
+    if layer["part"] not in table:
+        return None
+    return f"blk.{layer['layer']}.{table[layer['part']]}.{suffix}"
+
+
+def to_huggingface(architecture: str, name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor in a text model, or None if the architecture has no such tensor.
+
+    Raises:
+        UnsupportedError: nothing is known about the architecture.
+    """
+    _from_hf(architecture)
+    found = _PART.fullmatch(name)
+    if found is None:
+        return None
+    part, suffix = found["part"], found["suffix"]
+    if part == _HEAD[0]:
+        return f"{_HEAD[1]}.{suffix}"
+    if part in _MODEL:
+        return f"model.{_MODEL[part]}.{suffix}"
+    layer = _GGUF_LAYER.fullmatch(part)
+    table = _BLOCKS[architecture]
+    if layer is None or layer["part"] not in table:
+        return None
+    return f"model.layers.{layer['layer']}.{table[layer['part']]}.{suffix}"
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a GGUF tensor belongs to; None for one of the whole model."""
+    found = _GGUF_LAYER.fullmatch(name)
+    return int(found["layer"]) if found else None
+
+
+def is_permuted(architecture: str, name: str) -> bool:
+    """Whether GGUF stores the rows of this tensor (GGUF name) permuted: Llama's q and k, weights and biases."""
+    found = _PART.fullmatch(name)
+    return architecture == "llama" and found is not None and found["part"].endswith((".attn_q", ".attn_k"))
+
+
+def adds_one(architecture: str, name: str) -> bool:
+    """Whether GGUF stores this tensor (GGUF name) with 1 added: all of Gemma's norms."""
+    return architecture == "gemma3" and name.endswith("norm.weight")
+
+
+def permute(rows: npt.NDArray[Scalar], heads: int) -> npt.NDArray[Scalar]:
+    """Rows from Hugging Face's order to GGUF's: in each head, the two halves take turns.
+
+    Args:
+        rows: ``[out, ...]``, of any element type: weights, packed rows, a bias, or LoRA's b.
+        heads: how many heads share the rows; those of the keys for k.
+
+    Raises:
+        WeightError: the rows are not ``heads`` heads of an even size.
+    """
+    half = _half(rows, heads)
+    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def unpermute(rows: npt.NDArray[Scalar], heads: int) -> npt.NDArray[Scalar]:
+    """Rows from GGUF's order to Hugging Face's: what `permute` undoes.
+
+    Raises:
+        WeightError: as `permute`.
+    """
+    half = _half(rows, heads)
+    return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def gguf_rows(
+    architecture: str, name: str, rows: npt.NDArray[Scalar], heads: int, kv_heads: int
+) -> npt.NDArray[Scalar]:
+    """The rows ``[out, ...]`` of a Hugging Face tensor, given by its GGUF name, in GGUF's order.
+
+    Raises:
+        WeightError: as `permute`.
+    """
+    if not is_permuted(architecture, name):
+        return rows
+    return permute(rows, kv_heads if ".attn_k." in name else heads)
+
+
+def huggingface_rows(
+    architecture: str, name: str, rows: npt.NDArray[Scalar], heads: int, kv_heads: int
+) -> npt.NDArray[Scalar]:
+    """The rows ``[out, ...]`` of a GGUF tensor in Hugging Face's order: what `gguf_rows` undoes.
+
+    Raises:
+        WeightError: as `permute`.
+    """
+    if not is_permuted(architecture, name):
+        return rows
+    return unpermute(rows, kv_heads if ".attn_k." in name else heads)
+
+
+def _from_hf(architecture: str) -> Mapping[str, str]:
+    table = _FROM_HF.get(architecture)
+    if table is None:
+        raise UnsupportedError(
+            f"the Hugging Face names of architecture {architecture!r} are not known",
+            remedy=f"known: {', '.join(_BLOCKS)}",
+        )
+    return table
+
+
+def _half(rows: npt.NDArray[Scalar], heads: int) -> int:
+    if rows.ndim < 1 or heads < 1 or not len(rows) or len(rows) % (2 * heads):
+        raise WeightError(
+            f"rows of shape {list(rows.shape)} are not {heads} heads of an even size",
+            remedy="pass [out, ...] and the number of heads that share the rows",
+        )
+    return len(rows) // heads // 2
