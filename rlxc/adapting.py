@@ -15,8 +15,8 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.artifact import UNIT_RANK, AdapterEntry, LoraGroup, LoraPart, LoraPlan
-from rlxc.dtypes import DType
+from rlxc.artifact import DEFAULT_MAX_RANK, UNIT_RANK, AdapterEntry, LoraGroup, LoraPart, LoraPlan
+from rlxc.dtypes import WEIGHT_TYPES, DType
 from rlxc.errors import OptionError
 from rlxc.ir import Graph
 from rlxc.ir.ops import DequantMatMul, MatMul
@@ -29,21 +29,10 @@ from rlxc.weights.registry import WeightRegistry
 AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """A GGUF adapter or PEFT folder, with the scale that its delta is multiplied by; 1 if none is given."""
 
-MAX_RANK = 128
-"""Ranks of a sequence's stack of adapters by default."""
+QUANTIZE_FORMATS = ("none", *(dtype.value for dtype in WEIGHT_TYPES if dtype is not DType.F32))
+"""What matrices can be encoded in."""
 
-FOLD_FORMATS = tuple(
-    dtype for dtype in DType if dtype.is_packed or dtype in (DType.F32, DType.F16, DType.BF16)
-)
-"""What a folded matrix can be encoded in."""
-
-QUANTIZE_FORMATS: Mapping[str, DType | None] = {
-    "none": None,
-    **{dtype.value: dtype for dtype in FOLD_FORMATS if dtype is not DType.F32},
-}
-"""What ``quantize`` can be."""
-
-_FLOAT_CODEBOOKS = (DType.NF4, DType.FP4, DType.INT4)
+_FOR_PRODUCTS = (DType.NF4, DType.FP4, DType.INT4)
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class AdapterOptions:
 
     adapters: Sequence[AdapterArgument] = ()
     mode: LoraMode = "auto"
-    max_rank: int = MAX_RANK
+    max_rank: int = DEFAULT_MAX_RANK
     fold_to: str | None = None
     quantize: str = "none"
 
@@ -66,10 +55,10 @@ class AdapterOptions:
             raise OptionError("there is no adapter to fold", remedy="name one, or leave the mode out")
         if not 1 <= self.max_rank <= 4096:
             raise OptionError(f"lora rank {self.max_rank} is outside 1..4096")
-        if self.fold_to is not None and self.fold_to not in [dtype.value for dtype in FOLD_FORMATS]:
+        if self.fold_to is not None and self.fold_to not in [dtype.value for dtype in WEIGHT_TYPES]:
             raise OptionError(
                 f"cannot fold to {self.fold_to!r}",
-                remedy=f"choose one of: {', '.join(map(str, FOLD_FORMATS))}",
+                remedy=f"choose one of: {', '.join(map(str, WEIGHT_TYPES))}",
             )
         if self.quantize not in QUANTIZE_FORMATS:
             raise OptionError(
@@ -215,14 +204,14 @@ def _fold_formats(
 
 def _formats(quantize: str, graph: Graph) -> dict[str, DType]:
     """What each matrix is encoded in; the 4-bit formats with blocks of 64 are for products, not for tables."""
-    dtype = QUANTIZE_FORMATS[quantize]
-    if dtype is None:
+    if quantize == "none":
         return {}
+    dtype = DType(quantize)
     linear = _linear_weights(graph)
     return {
         weight.name: fitting(dtype, int(weight.type.shape[1]))
         for weight in graph.weights
-        if len(weight.type.shape) == 2 and (weight.name in linear or dtype not in _FLOAT_CODEBOOKS)
+        if len(weight.type.shape) == 2 and (weight.name in linear or dtype not in _FOR_PRODUCTS)
     }
 
 

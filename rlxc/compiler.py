@@ -5,14 +5,17 @@ weights -> models -> passes -> backend -> artifact
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rlxc import __version__
-from rlxc.adapting import MAX_RANK, AdapterArgument, AdapterOptions, adapt, adapter_file, lora_plan
+from rlxc.adapting import AdapterArgument, AdapterOptions, adapt, adapter_file, lora_plan
 from rlxc.artifact import (
+    DEFAULT_MAX_RANK,
     Activations,
     Artifact,
     ArtifactWriter,
@@ -28,6 +31,7 @@ from rlxc.artifact import (
     WeightEntry,
 )
 from rlxc.backends import BuildOptions, default_backend, get_backend
+from rlxc.backends.recipes import Losses
 from rlxc.dtypes import DType
 from rlxc.errors import ModelError, OptionError
 from rlxc.inspection import text
@@ -38,8 +42,8 @@ from rlxc.models import Config
 from rlxc.passes import LoraMode, PipelineResult, WeightChanges, default_passes, run_passes
 from rlxc.reading import read_model
 from rlxc.vocab import build_tokenizer
+from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf_writer import adapter_bytes
-from rlxc.weights.registry import WeightRegistry
 from rlxc.weights.source import open_model
 
 Progress = Callable[[str, int, int], None]
@@ -51,6 +55,9 @@ if TYPE_CHECKING:
 
 MAX_STEP = 256
 """Tokens that a step takes at most. Longer prompts go in pieces; see docs/performance.md for why this many."""
+
+LOSSES = "losses.json"
+"""The artifact's file that says what encoding weights anew cost, if any were."""
 
 DEFAULT_CONTEXT = 4096
 """Positions of an artifact when the user names none and the model was trained for at least as many."""
@@ -66,7 +73,7 @@ def compile(
     context: int | None = None,
     adapters: Sequence[AdapterArgument] = (),
     lora: LoraMode = "auto",
-    lora_rank: int = MAX_RANK,
+    lora_rank: int = DEFAULT_MAX_RANK,
     fold_to: str | None = None,
     quantize: str = "none",
     overwrite: bool = False,
@@ -125,7 +132,11 @@ def compile(
                 tell("weights", done, total)
 
             options = BuildOptions(activations, context, _max_step(context), target, plan)
-            libraries = engine.build(result.graph, adapted.read(file.data), writer, options, wrote)
+            losses = Losses()
+            libraries = engine.build(result.graph, adapted.read(file.data), writer, options, wrote, losses)
+            if losses.by_weight:
+                with writer.file(LOSSES) as sink:
+                    sink.write((json.dumps(losses.summary(), indent=1) + "\n").encode())
             for number, adapter in adapted.split:
                 with writer.file(adapter_file(number)) as sink:
                     sink.write(adapter_bytes(adapter))
@@ -153,7 +164,7 @@ def compile(
                 tokenizer=TokenizerFacts(
                     tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos, tokenizer.add_eos
                 ),
-                weights=_weight_entries(result.graph, registry),
+                weights=_weight_entries(result.graph),
                 lora=plan,
                 adapters=adapted.entries(),
             )
@@ -163,6 +174,18 @@ def compile(
             artifact = writer.commit(manifest)
             tell("digests", 1, 1)
             return artifact
+
+
+def read_losses(artifact: Artifact) -> Mapping[str, Mapping[str, float | None]]:
+    """What encoding weights anew cost, by weight.
+
+    ``relative`` is the root mean square error over the root mean square of the values, ``of_change`` the error over
+    what adapters had changed before (None without).
+    """
+    if LOSSES not in artifact.manifest.files:
+        return {}
+    losses: Mapping[str, Mapping[str, float | None]] = json.loads(artifact.file(LOSSES).read_bytes())
+    return losses
 
 
 def lower(
@@ -260,14 +283,15 @@ def _kv_plan(facts: Any) -> KvPlan:
     return KvPlan(facts["context"], facts["max_step"], facts["bytes_per_token"], layers)
 
 
-def _weight_entries(graph: Graph, registry: WeightRegistry) -> tuple[WeightEntry, ...]:
+def _weight_entries(graph: Graph) -> tuple[WeightEntry, ...]:
     return tuple(
         WeightEntry(
             name=weight.name,
             dtype=weight.type.dtype,
-            shape=tuple(int(dim) for dim in weight.type.shape),
+            shape=shape,
             recipe=show_recipe(weight),
-            nbytes=sum(registry.resolve(tensor).nbytes for tensor in weight.tensors),
+            nbytes=math.prod(shape[:-1]) * FORMATS[weight.type.dtype].row_bytes(shape[-1]),
         )
         for weight in graph.weights
+        for shape in [tuple(map(int, weight.type.shape))]
     )

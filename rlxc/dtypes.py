@@ -39,3 +39,10 @@ class DType(str, Enum):
 
 
 _PLAIN = frozenset({DType.F32, DType.F16, DType.BF16, DType.I32, DType.I64, DType.BOOL})
+
+
+FLOATS = (DType.F32, DType.F16, DType.BF16)
+"""The float types that weights can have."""
+
+WEIGHT_TYPES = (*FLOATS, *(dtype for dtype in DType if dtype.is_packed))
+"""All types that weights can have."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlxc.artifact import Artifact
-from rlxc.errors import UnsupportedError
-from rlxc.weights.gguf import GgufFile, open_gguf
+from rlxc.weights.adapters import inspect_adapter
+from rlxc.weights.gguf import GgufFile
+from rlxc.weights.source import ModelFile, open_model
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model file or an artifact holds.
+    """What a model, an adapter or an artifact holds.
 
     ``tensors`` counts tensors per format and ``tensor_bytes`` their bytes; ``parameters`` counts weights.
     ``details`` holds what only that kind of file has.
@@ -38,26 +39,24 @@ class ModelInfo:
 
 
 def inspect(path: str | os.PathLike[str]) -> ModelInfo:
-    """What is in a GGUF file or an artifact.
+    """What is in a GGUF file, a Hugging Face folder, a LoRA adapter (GGUF or PEFT) or an artifact.
 
     Raises:
-        RlxcError: it is neither, or it is damaged.
+        RlxcError: it is none of these, or it is damaged.
     """
     root = Path(path)
-    if root.is_dir() and (root / "config.json").exists() and not (root / "manifest.json").exists():
-        raise UnsupportedError(
-            "a Hugging Face folder is not supported yet", source=root, remedy="convert it to GGUF"
-        )
-    if root.is_dir():
+    if (root / "adapter_config.json").exists():
+        return _inspect_adapter(root)
+    if root.is_dir() and ((root / "manifest.json").exists() or not (root / "config.json").exists()):
         return _inspect_artifact(Artifact.open(root))
-    with open_gguf(root) as file:
-        return _inspect_gguf(file)
+    with open_model(root) as file:
+        if file.metadata.get("general.type") == "adapter":
+            return _inspect_adapter(root)
+        return _inspect_model(file)
 
 
-def _inspect_gguf(file: GgufFile) -> ModelInfo:
-    formats: dict[str, int] = {}
-    for info in file.tensors.values():
-        formats[info.dtype.value] = formats.get(info.dtype.value, 0) + 1
+def _inspect_model(file: ModelFile) -> ModelInfo:
+    formats = Counter(info.dtype.value for info in file.tensors.values())
     scalars = (int, float, bool, str)
     shown = {
         key: value if isinstance(value, scalars) else f"[{len(value)} values]"
@@ -65,33 +64,67 @@ def _inspect_gguf(file: GgufFile) -> ModelInfo:
     }
     return ModelInfo(
         path=str(file.path),
-        kind=f"GGUF v{file.version}",
+        kind=f"GGUF v{file.version}" if isinstance(file, GgufFile) else "Hugging Face folder",
         architecture=text(file.metadata, "general.architecture"),
         name=text(file.metadata, "general.name"),
-        parameters=sum(int(np.prod(info.shape)) for info in file.tensors.values()),
+        parameters=sum(math.prod(info.shape) for info in file.tensors.values()),
         tensor_bytes=sum(info.nbytes for info in file.tensors.values()),
-        tensors=formats,
+        tensors=dict(formats),
         details={"metadata": shown},
+    )
+
+
+def _inspect_adapter(path: Path) -> ModelInfo:
+    facts = inspect_adapter(path)
+    details: dict[str, Any] = {
+        "base_model": facts.base_model,
+        "alpha": facts.alpha,
+        "ranks": dict(Counter(facts.ranks.values())),
+        "replaced": list(facts.replaced),
+        "dora": facts.uses_dora,
+        "rank_stabilised": facts.rank_stabilised,
+        "invocation_tokens": list(facts.invocation_tokens),
+        "prompt_prefix": facts.prompt_prefix,
+    }
+    return ModelInfo(
+        path=str(path),
+        kind=f"LoRA adapter ({facts.kind.upper()})",
+        architecture=facts.architecture or "",
+        name=path.resolve().stem,
+        parameters=facts.parameters,
+        tensor_bytes=facts.stored_bytes,
+        tensors=dict(facts.formats),
+        details={key: value for key, value in details.items() if value not in (None, [], "", False)},
     )
 
 
 def _inspect_artifact(artifact: Artifact) -> ModelInfo:
     manifest = artifact.manifest
-    formats: dict[str, int] = {}
-    for weight in manifest.weights:
-        formats[weight.dtype.value] = formats.get(weight.dtype.value, 0) + 1
+    formats = Counter(weight.dtype.value for weight in manifest.weights)
+    lora: dict[str, Any] = {}
+    if manifest.lora is not None:
+        plan = manifest.lora
+        matrices = Counter(part.tensor.split(".")[-2] for part in plan.parts)
+        lora["takes_adapters"] = {
+            "max_rank": plan.max_rank,
+            "dtype": plan.dtype.value,
+            "matrices": dict(matrices),
+        }
+    if manifest.adapters:
+        lora["adapters"] = [asdict(adapter) for adapter in manifest.adapters]
     return ModelInfo(
         path=str(artifact.path),
         kind=f"rlxc artifact ({manifest.target.backend})",
         architecture=manifest.model.architecture,
         name=manifest.model.name,
-        parameters=sum(int(np.prod(weight.shape)) for weight in manifest.weights),
+        parameters=sum(math.prod(weight.shape) for weight in manifest.weights),
         tensor_bytes=sum(weight.nbytes for weight in manifest.weights),
-        tensors=formats,
+        tensors=dict(formats),
         details={
             "rlxc": manifest.rlxc,
             "options": asdict(manifest.options),
             "kv_cache": asdict(manifest.kv_cache),
+            **lora,
             "files": {name: entry.size for name, entry in manifest.files.items()},
         },
     )

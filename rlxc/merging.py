@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.adapting import Adapted, AdapterArgument, AdapterOptions, adapt
-from rlxc.backends.recipes import Loss, Losses, packed_rows
+from rlxc.backends.recipes import Losses, packed_rows
 from rlxc.dtypes import DType
 from rlxc.errors import OptionError, UnsupportedError
 from rlxc.ir import Alias, Encode, Graph, TensorType, Weight
@@ -41,7 +41,7 @@ class Merged:
 
     path: Path
     tensors: int
-    losses: Mapping[str, Loss]
+    losses: Mapping[str, Mapping[str, float | None]]
 
 
 def merge(
@@ -80,6 +80,8 @@ def merge(
     if os.path.lexists(path) and not overwrite:
         raise OptionError("exists already", source=path, remedy="replace it, or give another path")
     to_gguf = path.suffix == ".gguf"
+    if not to_gguf and fold_to not in (None, *_FLOATS):
+        raise OptionError(f"a safetensors file cannot hold {fold_to}", remedy="fold to f16, bf16 or f32")
     options = AdapterOptions(adapters, "fold", fold_to=fold_to if to_gguf else DType.F32.value)
     losses = Losses()
     with open_model(model) as file:
@@ -92,6 +94,7 @@ def merge(
         config, registry, graph = read_model(file)
         adapted = adapt(options, graph, config, registry)
         changes = adapted.changes
+        dtype = _float_type(fold_to, graph)
         graph = FoldLora(changes.folded, changes.fold_to).run(graph).graph
         weights = [weight for weight in graph.weights if not isinstance(weight.recipe, Alias)]
         merging = _Merging(
@@ -101,8 +104,8 @@ def merge(
             if isinstance(file, GgufFile) and to_gguf:
                 merging.to_gguf(file, weights, sink)
             else:
-                merging.to_safetensors(weights, _float_type(fold_to, weights), sink)
-    return Merged(path, len(weights), losses.by_weight)
+                merging.to_safetensors(weights, dtype, sink)
+    return Merged(path, len(weights), losses.summary())
 
 
 @dataclass
@@ -171,16 +174,12 @@ def _shape(weight: Weight) -> tuple[int, ...]:
     return tuple(map(int, weight.type.shape))
 
 
-def _float_type(fold_to: str | None, weights: Sequence[Weight]) -> DType:
-    if fold_to is not None:
-        dtype = DType(fold_to)
-        if dtype not in _FLOATS:
-            raise OptionError(
-                f"{dtype} has no place in a safetensors file", remedy="fold to f16, bf16 or f32"
-            )
-        return dtype
-    types = [weight.type.dtype for weight in weights if len(weight.type.shape) == 2]
-    return next((dtype for dtype in types if dtype in _FLOATS), DType.F16)
+def _float_type(fold_to: str | None, graph: Graph) -> DType:
+    """The one type of a safetensors file."""
+    if fold_to is None:
+        types = [weight.type.dtype for weight in graph.weights if len(weight.type.shape) == 2]
+        return next((dtype for dtype in types if dtype in _FLOATS), DType.F16)
+    return DType(fold_to)
 
 
 def _as_float(weight: Weight, dtype: DType) -> Weight:

@@ -5,7 +5,7 @@ opened with every field, size and digest checked. Digests find damage; they are 
 """
 
 from rlxc.artifact.fields import Activations, BackendName
-from rlxc.artifact.lora import UNIT_RANK, LoraGroup, LoraPart, LoraPlan
+from rlxc.artifact.lora import DEFAULT_MAX_RANK, UNIT_RANK, LoraGroup, LoraPart, LoraPlan
 from rlxc.artifact.manifest import (
     FORMAT,
     MANIFEST,
@@ -26,6 +26,7 @@ from rlxc.artifact.read import Artifact, Verification
 from rlxc.artifact.write import ArtifactWriter, FileWriter
 
 __all__ = [
+    "DEFAULT_MAX_RANK",
     "FORMAT",
     "MANIFEST",
     "UNIT_RANK",

@@ -16,6 +16,9 @@ from rlxc.dtypes import DType
 UNIT_RANK = 16
 """Ranks of a unit; also the rows of B that lie side by side in it."""
 
+DEFAULT_MAX_RANK = 128
+"""Ranks that a sequence's stack of adapters can have, unless the user says otherwise."""
+
 _ALIGNMENT = 64
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.artifact import ArtifactWriter, BackendName, Library, LoraPlan, Manifest
+from rlxc.backends.recipes import Losses
 from rlxc.errors import OptionError
 from rlxc.ir import Graph
 from rlxc.ir.target import TargetFeatures
@@ -51,6 +52,7 @@ class Backend(Protocol):
         writer: ArtifactWriter,
         options: BuildOptions,
         progress: Callable[[str], None],
+        losses: Losses | None = None,
     ) -> tuple[Library, ...]:
         """Write the files that the backend's engine will load; returns those that are machine code."""
 

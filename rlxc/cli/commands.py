@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 an error that rlxc or the system reports, 2 wrong usage, 1
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -19,8 +18,23 @@ import typer
 from typer.core import TyperGroup
 
 import rlxc
-from rlxc.artifact import Activations, BackendName
-from rlxc.cli.terminal import in_one_line, lines, megabytes, note, outline, progress_bars, rate, show
+from rlxc.artifact import DEFAULT_MAX_RANK, Activations, BackendName
+from rlxc.cli.adapters import FoldTo, Lora, LoraModeOption, Quantize, parse_adapters
+from rlxc.cli.bench import bench
+from rlxc.cli.compare import compare, fold_report
+from rlxc.cli.merge import merge
+from rlxc.cli.models import DEFAULT_CONTEXT, ModelContext, Runnable, Threads, artifact_of
+from rlxc.cli.terminal import (
+    in_one_line,
+    lines,
+    loss_lines,
+    megabytes,
+    note,
+    outline,
+    progress_bars,
+    rate,
+    show,
+)
 from rlxc.cli.tune import tune
 from rlxc.errors import ArtifactError, ContextError, RlxcError, SessionError
 
@@ -58,31 +72,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A .gguf file.", show_default=False)]
-Runnable = Annotated[
+Model = Annotated[
     Path,
-    typer.Argument(
-        metavar="MODEL",
-        help="An artifact, or a .gguf file, which is compiled first and kept in ~/.cache/rlxc (or $RLXC_CACHE).",
-        show_default=False,
-    ),
+    typer.Argument(metavar="MODEL", help="A .gguf file or a Hugging Face folder.", show_default=False),
 ]
-DEFAULT_CONTEXT = "4096, or what the model was trained for"
 Context = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Tokens that the KV cache holds.", show_default=DEFAULT_CONTEXT),
-]
-GgufContext = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        min=1,
-        help="Tokens that the KV cache holds; for a .gguf file only.",
-        show_default=DEFAULT_CONTEXT,
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="all cores")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Say on stderr what each pass did, and why not.")]
@@ -150,6 +146,19 @@ def _compile(
         Activations, typer.Option(help="int8 is fast, float32 the exact reference.")
     ] = "int8",
     context: Context = None,
+    lora: Lora = None,
+    lora_mode: LoraModeOption = "auto",
+    lora_rank: Annotated[
+        int, typer.Option(min=1, help="The most ranks of all adapters that a text uses together.")
+    ] = DEFAULT_MAX_RANK,
+    fold_to: FoldTo = None,
+    quantize: Quantize = "none",
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Measure how far predictions are from those with the adapters unfolded."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
     trace: Trace = False,
 ) -> None:
@@ -158,11 +167,18 @@ def _compile(
     \b
     Example:
       rlxc compile gemma-3-270m.gguf -o gemma.rlx --context 8192
+      rlxc compile gemma-3-270m.gguf -o gemma.rlx --lora style.gguf:0.8 --lora-mode split
+      rlxc compile SmolLM2-135M/ -o smol.rlx --quantize q4_k
     """
+    adapters = parse_adapters(lora)
+    if report and (not adapters or lora_mode == "split"):
+        raise typer.BadParameter("there is nothing to fold", param_hint="--report")
     if os.path.lexists(output) and not force:
         raise ArtifactError(
             "exists already", source=output, remedy="replace it with --force, or give another path"
         )
+    from rlxc.compiler import read_losses
+
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as warned, progress_bars() as progress:
         warnings.simplefilter("always", UserWarning)
@@ -173,6 +189,11 @@ def _compile(
             target=target,
             activations=activations,
             context=context,
+            adapters=adapters,
+            lora=lora_mode,
+            lora_rank=lora_rank,
+            fold_to=fold_to,
+            quantize=quantize,
             overwrite=force,
             progress=progress,
             trace=note if trace else None,
@@ -182,6 +203,10 @@ def _compile(
     print(f"{output}: {megabytes(size)}, context {context}, in {time.perf_counter() - started:.1f} s")
     for warning in warned:
         note(f"warning: {warning.message}")
+    for line in loss_lines(read_losses(artifact)):
+        note(line)
+    if report:
+        note(fold_report(artifact, model, adapters, backend=backend, target=target, activations=activations))
     for library in artifact.manifest.target.libraries:
         untuned = library.problems - library.tuned
         if untuned:
@@ -205,19 +230,24 @@ def _run(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    lora: Lora = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print token counts and speed to stderr.")] = False,
     threads: Threads = None,
-    context: GgufContext = None,
+    context: ModelContext = None,
 ) -> None:
     """Continue a text.
 
     \b
     Example:
       rlxc run gemma.rlx "The capital of France is" -n 32 --temp 0.7 --top-p 0.9
+      rlxc run gemma.rlx "Q: Why is the sky blue? A:" --lora style.gguf:0.8
     """
-    artifact = _artifact_of(model, context)
+    adapters = parse_adapters(lora)
+    artifact = artifact_of(model, context, adapters=bool(adapters))
     started = time.perf_counter()
     with rlxc.load(artifact, threads=threads) as session:
+        for path, scale in adapters:
+            session.adapters.push(path, scale)
         ids = session.tokenizer.encode(prompt)
         loaded = time.perf_counter()
         completion = show(
@@ -252,7 +282,7 @@ def _chat(
     seed: Seed = None,
     stop: Stop = None,
     threads: Threads = None,
-    context: GgufContext = None,
+    context: ModelContext = None,
 ) -> None:
     """Talk with a model, a line at a time; /reset starts anew, /exit or Ctrl-D ends.
 
@@ -261,7 +291,7 @@ def _chat(
       rlxc chat gemma.rlx --temp 0.7
       echo "Name three colours." | rlxc chat gemma.rlx
     """
-    with rlxc.load(_artifact_of(model, context), threads=threads) as session:
+    with rlxc.load(artifact_of(model, context), threads=threads) as session:
         if session.chat_template is None:
             remedy = 'let it go on from a text: rlxc run MODEL "text"'
             raise SessionError("the model has no chat template", source=model, remedy=remedy)
@@ -295,66 +325,14 @@ def _chat(
             messages.append({"role": "assistant", "content": show(stream).text})
 
 
-@app.command("bench")
-def _bench(
-    model: Runnable,
-    prompt_tokens: Annotated[
-        int, typer.Option("-p", "--prompt-tokens", min=1, help="Tokens to prefill.")
-    ] = 512,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Tokens to decode.")] = 64,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Measurements of each.")] = 5,
-    threads: Threads = None,
-    context: GgufContext = None,
-    batch: Annotated[
-        int | None,
-        typer.Option("--batch", min=1, help="Decode this many sequences together, too.", show_default=False),
-    ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Show the time of each kernel.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure tokens per second: prefill and decode, each from an empty context, after a warm-up.
-
-    The rate at which decoding reads weights is compared with the one at which numpy reads memory.
-
-    \b
-    Example:
-      rlxc bench gemma.rlx -p 512 -n 64 -r 5 --threads 2
-      rlxc bench gemma.rlx --profile --batch 8
-    """
-    from rlxc.cli.bench import Bench, bytes_per_token, streaming_bandwidth, table, to_json
-    from rlxc.runtime.threads import choose_threads
-
-    report: dict[str, Any] = {"model": str(model), "threads": threads, "repetitions": repetitions}
-    with rlxc.load(_artifact_of(model, context), threads=threads) as session, progress_bars() as progress:
-        bench = Bench(session, repetitions, progress)
-        if profile:
-            report["profile"] = bench.profile(prompt_tokens, max_tokens)
-        report["prefill"] = {"tokens": prompt_tokens, "tokens_per_second": bench.prefill(prompt_tokens)}
-        decode = bench.decode(max_tokens)
-        report["decode"] = {"tokens": max_tokens, "tokens_per_second": decode}
-        if batch:
-            rates = bench.decode_together(batch, max_tokens)
-            report["batch"] = {"sequences": batch, "tokens": max_tokens, "tokens_per_second": rates}
-            report["batch"]["ratio"] = rates.median / decode.median
-        used = choose_threads(threads)
-        bandwidth, read = streaming_bandwidth(used), bytes_per_token(session.artifact.manifest)
-        report["memory"] = {
-            "threads": used,
-            "gigabytes_per_second": bandwidth / 1e9,
-            "bytes_per_token": read,
-            "fraction": read * decode.median / bandwidth,
-        }
-    print(to_json(report) if as_json else "\n".join(table(report)))
-
-
 @app.command("inspect")
 def _inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A .gguf file or an artifact.", show_default=False)
+        Path, typer.Argument(metavar="PATH", help="A model, an adapter or an artifact.", show_default=False)
     ],
     as_json: Json = False,
 ) -> None:
-    """Show what a model file or an artifact holds.
+    """Show what a model, an adapter or an artifact holds.
 
     \b
     Example:
@@ -372,43 +350,38 @@ def _graph(
         str | None, typer.Option(metavar="PASS", help="Stop after this pass.", show_default="the last one")
     ] = None,
     context: Context = None,
+    lora: Lora = None,
+    lora_mode: LoraModeOption = "auto",
+    fold_to: FoldTo = None,
+    quantize: Quantize = "none",
     trace: Trace = False,
 ) -> None:
-    """Print the graph of a model as IR text.
+    """Print the graph of a model as IR text; with adapters, what becomes of each matrix, and why, stands above it.
 
     \b
     Example:
       rlxc graph gemma-3-270m.gguf --after fuse_qkv
+      rlxc graph gemma-3-270m.gguf --lora style.gguf
     """
     from rlxc.compiler import lower
 
-    print(lower(model, context=context, after=after, trace=note if trace else None), end="")
+    text = lower(
+        model,
+        context=context,
+        adapters=parse_adapters(lora),
+        lora=lora_mode,
+        fold_to=fold_to,
+        quantize=quantize,
+        after=after,
+        trace=note if trace else None,
+    )
+    print(text, end="")
 
 
+app.command("bench")(bench)
+app.command("compare")(compare)
+app.command("merge")(merge)
 app.command("tune")(tune)
-
-
-def _artifact_of(model: Path, context: int | None) -> Path:
-    """The artifact to run: `model` itself, or for a GGUF file one that is compiled once and kept."""
-    if not (model.is_file() or model.suffix == ".gguf"):
-        if context is not None:
-            raise typer.BadParameter(
-                "an artifact has the context it was compiled with", param_hint="--context"
-            )
-        return model
-    from rlxc.weights import open_gguf
-
-    with open_gguf(model) as file:
-        key = json.dumps([rlxc.__version__, file.fingerprint(), context])
-    cache = Path(os.environ.get("RLXC_CACHE") or Path.home() / ".cache" / "rlxc")
-    artifact = cache / f"{model.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.rlx"
-    if not artifact.exists():
-        note(f"compiling {model} into {artifact}, once")
-        cache.mkdir(parents=True, exist_ok=True)
-        with progress_bars() as progress:
-            # Another process may finish the same artifact first: replacing it is harmless.
-            rlxc.compile(model, artifact, context=context, overwrite=True, progress=progress)
-    return artifact
 
 
 def _prompt_ids(session: Session, prompt: str) -> list[int]:

@@ -12,6 +12,8 @@ from rlxc.errors import RlxcError
 if TYPE_CHECKING:
     from rlxc.runtime import Completion, Stream
 
+_WORST = 3
+
 LONGEST_VALUE = 100  # characters of a value that `outline` shows
 
 
@@ -102,3 +104,16 @@ def megabytes(size: int) -> str:
 def rate(tokens: int, seconds: float) -> str:
     """Tokens per second; nothing can be said where no time was measured."""
     return f"{tokens / seconds:.1f} tokens/s" if seconds > 0 else "- tokens/s"
+
+
+def loss_lines(losses: Mapping[str, Mapping[str, float | None]]) -> Iterator[str]:
+    """What encoding weights anew cost: the mean, and the worst of them."""
+    if not losses:
+        return
+    errors = {name: loss["relative"] or 0.0 for name, loss in losses.items()}
+    mean = sum(errors.values()) / len(errors)
+    yield f"{len(errors)} matrices were encoded anew, with a relative error of {mean:.2%} on average; the largest:"
+    for name in sorted(errors, key=lambda name: -errors[name])[:_WORST]:
+        of_change = losses[name]["of_change"]
+        hidden = "" if of_change is None else f", {of_change:.2f} times what adapters changed"
+        yield f"  {name}: {errors[name]:.2%}{hidden}"

@@ -177,6 +177,6 @@ def test_every_op_is_tried() -> None:
     while pending:
         cls = pending.pop()
         pending += cls.__subclasses__()
-        if not cls.__subclasses__() and cls.__module__ == ops.__name__:
+        if not cls.__subclasses__() and cls.__module__.startswith(ops.__name__):
             leaves.add(cls)
     assert leaves == {type(op) for op, _, _ in ACCEPTED}

@@ -16,6 +16,8 @@ from rlxc.passes.remove_dead import RemoveDead
 from rlxc.passes.share_common import ShareCommon
 
 ORDER = [
+    "fold_lora",
+    "quantize_weights",
     "resolve_tied_aliases",
     "fold_constants",
     "share_common",
@@ -23,6 +25,7 @@ ORDER = [
     "fuse_norm",
     "fuse_qkv",
     "fuse_gated_mlp",
+    "split_lora",
     "schedule_kv_cache",
     "fuse_rope_attention",
     "remove_dead",
@@ -144,6 +147,8 @@ def test_trace_tells_each_pass_and_each_near_match(features: TargetFeatures, mod
     lines: list[str] = []
     run_passes(model_graph("llama", 1, bias=True), pipeline(replace(features, widest={})), trace=lines.append)
     assert lines == [
+        "fold_lora: nothing to do",
+        "quantize_weights: nothing to do",
         "resolve_tied_aliases: 23 -> 23 nodes",
         "fold_constants: nothing to do",
         "share_common: nothing to do",
@@ -152,6 +157,7 @@ def test_trace_tells_each_pass_and_each_near_match(features: TargetFeatures, mod
         "fuse_qkv: 22 -> 22 nodes\n"
         "  not %layers.0.attention = Attention: q, k and v stay apart: their formats differ: q5_0, q5_0, q8_0",
         "fuse_gated_mlp: 22 -> 20 nodes",
+        "split_lora: nothing to do",
         "schedule_kv_cache: 20 -> 22 nodes",
         "fuse_rope_attention: 22 -> 16 nodes",
         "remove_dead: 16 -> 15 nodes",

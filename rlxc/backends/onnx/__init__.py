@@ -13,8 +13,9 @@ from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.genai import companion_files
 from rlxc.backends.onnx.model import build_model
 from rlxc.backends.onnx.runtime import installed_runtime
-from rlxc.backends.onnx.storage import ReadBytes, Storage
+from rlxc.backends.onnx.storage import Storage, storage_name
 from rlxc.backends.onnx.weights import write_weights
+from rlxc.backends.recipes import Losses, ReadBytes
 from rlxc.dtypes import DType
 from rlxc.errors import OptionError
 from rlxc.ir import Graph, Source
@@ -37,7 +38,7 @@ class OnnxBackend:
             glu=True,
             group_query_attention=True,
             ring_cache=self._runtime.has_ring,
-            storage={dtype: Storage.of(dtype).name for dtype in _PACKED},
+            storage={dtype: storage_name(dtype) for dtype in _PACKED},
             widest={Storage.of(DType.Q8_0).name: DType.Q8_0},
         )
 
@@ -48,6 +49,7 @@ class OnnxBackend:
         writer: ArtifactWriter,
         options: BuildOptions,
         progress: Callable[[str], None],
+        losses: Losses | None = None,
     ) -> tuple[Library, ...]:
         """Write the graph's model and weights into an artifact.
 
@@ -57,6 +59,7 @@ class OnnxBackend:
             writer: the artifact being written.
             options: what the user chose.
             progress: told each weight's name when it is written.
+            losses: told what encoding weights cost.
 
         Raises:
             OptionError: a target was named.
@@ -73,7 +76,7 @@ class OnnxBackend:
 
         with writer.file("weights.bin") as sink:
             file = WeightsFile("weights.bin", sink)
-            stored = write_weights(graph, read, file, progress)
+            stored = write_weights(graph, read, file, progress, losses)
             model = build_model(
                 graph,
                 stored,

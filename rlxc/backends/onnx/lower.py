@@ -14,12 +14,16 @@ import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from rlxc.backends.onnx.external import Region, WeightsFile
+from rlxc.backends.onnx.lora import MICROSOFT, SidePaths
 from rlxc.backends.onnx.runtime import Runtime
-from rlxc.backends.onnx.weights import Stored, StoredFloat, StoredPacked
+from rlxc.backends.onnx.weights import Stored, StoredFloat, StoredIndices, StoredPacked
+from rlxc.dtypes import DType
 from rlxc.errors import UnsupportedError
 from rlxc.ir import Graph, Node, RopeSpec, ops
+from rlxc.weights.formats import FORMATS
 
-MICROSOFT = "com.microsoft"
+_QUANT_TYPES = {DType.FP4: 0, DType.NF4: 1}
+"""``MatMulBnb4``'s numbers for the codebooks."""
 
 ReadFloats = Callable[[str], npt.NDArray[np.float32]]
 """Gives a small f32 weight's values, by its name."""
@@ -45,6 +49,7 @@ class Lowering:
         self.context = context
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.side_paths = SidePaths(self)
         self._rope_tables: dict[tuple[RopeSpec, str], tuple[str, str]] = {}
         self._block_sums: set[str] = set()
         self._casts: set[str] = set()
@@ -235,6 +240,9 @@ def _(op: ops.Embed, node: Node, to: Lowering) -> None:
         to.add("Gather", [tensor, ids], [f"{out}.rows"], axis=0)
         to.add("Cast", [f"{out}.rows"], [out], to=TensorProto.FLOAT)
         return
+    if isinstance(stored, StoredIndices):
+        _gather_indices(ids, table, stored, out, to)
+        return
     s = stored.storage
     centred = out if stored.mins is None else f"{out}.centred"
     codes, *rest = to.packed_inputs(table, stored, gather=True)
@@ -247,6 +255,24 @@ def _(op: ops.Embed, node: Node, to: Lowering) -> None:
     to.add("Reshape", [centred, to.shape(stored.blocks, s.block)], [f"{out}.blocks"])
     to.add("Sub", [f"{out}.blocks", f"{out}.min_blocks"], [f"{out}.decoded"])
     to.add("Reshape", [f"{out}.decoded", to.shape(stored.columns)], [out])
+
+
+def _gather_indices(ids: str, table: str, stored: StoredIndices, out: str, to: Lowering) -> None:
+    """Rows of a table of indices, two to a byte: a byte stands for two values of the codebook."""
+    codes = to.external(f"{table}.table", TensorProto.UINT8, (stored.rows, stored.columns // 2), stored.codes)
+    dims = (stored.rows, stored.blocks, 1)
+    scales = to.external(f"{table}.table_scales", TensorProto.FLOAT, dims, stored.scales)
+    codebook = np.array(FORMATS[stored.dtype].codebook, np.float32)
+    pairs = np.stack([np.repeat(codebook, 16), np.tile(codebook, 16)], axis=1)
+    to.add("Gather", [codes, ids], [f"{out}.bytes"], axis=0)
+    to.add("Cast", [f"{out}.bytes"], [f"{out}.indices"], to=TensorProto.INT32)
+    to.add(
+        "Gather", [to.constant(f"{stored.dtype}.pairs", pairs), f"{out}.indices"], [f"{out}.pairs"], axis=0
+    )
+    to.add("Reshape", [f"{out}.pairs", to.shape(stored.blocks, stored.block)], [f"{out}.blocks"])
+    to.add("Gather", [scales, ids], [f"{out}.scales"], axis=0)
+    to.add("Mul", [f"{out}.blocks", f"{out}.scales"], [f"{out}.scaled"])
+    to.add("Reshape", [f"{out}.scaled", to.shape(stored.columns)], [out])
 
 
 @lower.register
@@ -264,6 +290,9 @@ def _(op: ops.DequantMatMul, node: Node, to: Lowering) -> None:
     x, name, *bias = node.inputs
     out = node.outputs[0]
     weight = to.stored[name]
+    if isinstance(weight, StoredIndices):
+        _multiply_indices(node, weight, to)
+        return
     assert isinstance(weight, StoredPacked)
     s = weight.storage
     product = out if weight.mins is None else f"{out}.product"
@@ -290,6 +319,45 @@ def _(op: ops.DequantMatMul, node: Node, to: Lowering) -> None:
     sums = to.block_sums(x, s.block)
     to.add("FusedMatMul", [sums, f"{out}.offsets"], [f"{out}.offset"], MICROSOFT, transB=1)
     to.add("Add", [product, f"{out}.offset"], [out])
+
+
+def _multiply_indices(node: Node, weight: StoredIndices, to: Lowering) -> None:
+    x, name, *bias = node.inputs
+    (out,) = node.outputs
+    product = f"{out}.product" if bias else out
+    size = (weight.rows * weight.columns // 2,)
+    codes = to.external(f"{name}.codes", TensorProto.UINT8, size, weight.codes)
+    scales = to.external(f"{name}.scales", TensorProto.FLOAT, (weight.rows * weight.blocks,), weight.scales)
+    to.add(
+        "MatMulBnb4",
+        [x, codes, scales],
+        [product],
+        MICROSOFT,
+        K=weight.columns,
+        N=weight.rows,
+        block_size=weight.block,
+        quant_type=_QUANT_TYPES[weight.dtype],
+    )
+    if bias:
+        to.add("Add", [product, to.float_weight(bias[0])], [out])
+
+
+@lower.register
+def _(op: ops.LoraDown, node: Node, to: Lowering) -> None:
+    to.side_paths.down(node)
+
+
+@lower.register
+def _(op: ops.LoraMatMul, node: Node, to: Lowering) -> None:
+    product = ops.DequantMatMul() if to.graph.weight[node.inputs[1]].type.dtype.is_packed else ops.MatMul()
+    base = f"{node.outputs[0]}.base"
+    lower(product, Node(product, node.inputs[:-2], (base,)), to)
+    to.side_paths.up(op, node, base)
+
+
+@lower.register
+def _(op: ops.LoraEmbed, node: Node, to: Lowering) -> None:
+    to.side_paths.embed(node)
 
 
 @lower.register

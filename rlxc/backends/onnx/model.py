@@ -1,8 +1,9 @@
 """The whole ONNX model: its interface, its nodes, and its initializers.
 
 The interface follows the convention of onnxruntime-genai: ``input_ids``, ``attention_mask`` (ones, as long as past
-and new tokens together), ``past_key_values.N.key/value`` and ``present.N.key/value`` (bind both to one buffer). One
-more input has a default: ``logit_rows``, the tokens whose logits are wanted, ``[-1]`` unless it is fed.
+and new tokens together), ``past_key_values.N.key/value`` and ``present.N.key/value`` (bind both to one buffer). More
+inputs have defaults: ``logit_rows``, the tokens whose logits are wanted, ``[-1]`` unless it is fed, and, where the
+model takes LoRA adapters, theirs (:mod:`rlxc.backends.onnx.lora`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from rlxc.backends.onnx.external import WeightsFile
-from rlxc.backends.onnx.lower import MICROSOFT, Lowering, ReadFloats, lower
+from rlxc.backends.onnx.lora import MICROSOFT
+from rlxc.backends.onnx.lower import Lowering, ReadFloats, lower
 from rlxc.backends.onnx.runtime import Runtime
 from rlxc.backends.onnx.weights import Stored
 from rlxc.dtypes import DType
@@ -57,7 +59,12 @@ def build_model(
         if value.name == "past_length":
             inputs.append(_value_info("attention_mask", TensorType(DType.I64, ("batch", "total"))))
             continue
-        inputs.append(_value_info(value.name, value.type))
+        adapter_inputs = to.side_paths.inputs_for(value.name)
+        for name, one in adapter_inputs.items():
+            inputs.append(_value_info(name, TensorType(DType.F32, one.shape)))
+        if not adapter_inputs:
+            inputs.append(_value_info(value.name, value.type))
+    to.side_paths.add_defaults()
     if any(value.name == "logit_rows" for value in graph.inputs):
         to.initializers["logit_rows"] = numpy_helper.from_array(np.array([-1]), "logit_rows")
     outputs = [_value_info(name, graph.types[name]) for name in graph.outputs]

@@ -10,24 +10,23 @@ over the sub-blocks' sums of x. Codes of a format with minimums start at 0, but 
 
 The error of rounding x to int8 grows with what multiplies x: about zero, that is the weight's own size, and not the
 several times larger distance from its minimum.
+
+Codes of NF4 and FP4 are no integers but indices into a codebook: ``MatMulBnb4`` multiplies them, always in f32. It
+decodes the whole matrix in each call, and so it is slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.backends.recipes import Bytes, Losses, ReadBytes, packed_rows
 from rlxc.dtypes import DType
-from rlxc.errors import UnsupportedError
-from rlxc.ir import Concat, Source, Weight
-from rlxc.weights.formats import FORMATS, Planes
-
-Bytes = npt.NDArray[np.uint8]
-ReadBytes = Callable[[str], Bytes]
-"""Gives a tensor of the model file, still packed, as bytes ``[nbytes]``, by its name."""
+from rlxc.ir import Concat, Weight
+from rlxc.weights.formats import FORMATS, BlockFormat, Planes
 
 CHUNK_BYTES = 4 << 20
 """Unpacking works on this many packed bytes at a time, so that memory stays flat whatever the tensor's size."""
@@ -48,7 +47,7 @@ class Storage:
         fmt = FORMATS[dtype]
         bits = 4 if fmt.code_max - fmt.code_min < 16 else 8
         centre = (fmt.code_min + fmt.code_max + 1) // 2
-        return Storage(bits, fmt.sub_block, (1 << (bits - 1)) - centre, fmt.has_mins)
+        return Storage(bits, _scale_block(fmt), (1 << (bits - 1)) - centre, fmt.has_mins)
 
     @property
     def name(self) -> str:
@@ -74,35 +73,35 @@ class Storage:
         return np.full((rows, -(-blocks * self.bits // 8)), value, np.uint8)
 
 
-def unpacked_rows(weight: Weight, read: ReadBytes) -> Iterator[Planes]:
-    """A packed weight's planes, a few rows at a time, following its recipe."""
-    match weight.recipe:
-        case Source(tensor):
-            rows = rows_of(weight, read(tensor))
-            step = max(1, CHUNK_BYTES // rows.shape[1])
-            for start in range(0, len(rows), step):
-                yield FORMATS[weight.type.dtype].unpack(rows[start : start + step])
-        case Concat(parts):
-            for part in parts:
-                yield from unpacked_rows(part, read)
-        case _:
-            raise UnsupportedError(f"recipe {weight.recipe} of @{weight.name} cannot be stored")
+def storage_name(dtype: DType) -> str:
+    """A name by which formats that are stored alike are recognised."""
+    return str(dtype) if FORMATS[dtype].codebook else Storage.of(dtype).name
 
 
-def float_rows(weight: Weight, read: ReadBytes) -> Iterator[Bytes]:
-    """The bytes of a weight in a float format, following its recipe."""
-    match weight.recipe:
-        case Source(tensor):
-            yield read(tensor)
-        case Concat(parts):
-            for part in parts:
-                yield from float_rows(part, read)
-        case _:
-            raise UnsupportedError(f"recipe {weight.recipe} of @{weight.name} cannot be stored")
+def pack_indices(codes: npt.NDArray[np.int8]) -> Bytes:
+    """Indices ``int8 [rows, in]`` for ``MatMulBnb4``: ``[rows, in / 2]``, the first of a pair in the high bits."""
+    indices = codes.view(np.uint8)
+    packed: Bytes = (indices[:, 0::2] << np.uint8(4)) | indices[:, 1::2]
+    return packed
 
 
-def rows_of(weight: Weight, data: Bytes) -> Bytes:
-    """A packed tensor's bytes as ``[rows, row_bytes]``."""
-    out, in_ = weight.type.shape
-    assert isinstance(out, int) and isinstance(in_, int)
-    return data.reshape(out, FORMATS[weight.type.dtype].row_bytes(in_))
+def unpacked_rows(weight: Weight, read: ReadBytes, losses: Losses | None) -> Iterator[Planes]:
+    """A packed weight's planes, a few rows at a time, following its recipe. Sub-blocks do not repeat a shared scale."""
+    if isinstance(weight.recipe, Concat):
+        # Part by part, as their formats may differ where their storage does not.
+        for part in weight.recipe.parts:
+            yield from unpacked_rows(part, read, losses)
+        return
+    fmt = FORMATS[weight.type.dtype]
+    every = _scale_block(fmt) // fmt.sub_block
+    for rows in packed_rows(weight, read, losses):
+        step = max(1, CHUNK_BYTES // rows.shape[1])
+        for start in range(0, len(rows), step):
+            planes = fmt.unpack(rows[start : start + step])
+            yield planes if every == 1 else replace(planes, scales=planes.scales[:, ::every].copy())
+
+
+def _scale_block(fmt: BlockFormat) -> int:
+    """How many weights have a scale of their own: a sub-block, or the whole block where its sub-blocks share one."""
+    assert fmt.scale is not None
+    return fmt.sub_block if fmt.scale.factors else fmt.block_size

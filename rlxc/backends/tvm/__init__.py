@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from rlxc.artifact import ArtifactWriter, Library, Manifest
 from rlxc.backends import BuildOptions
+from rlxc.backends.recipes import Losses, ReadBytes
 from rlxc.backends.tvm.build import build_module, build_object
 from rlxc.backends.tvm.database import Database, shipped_folder, user_folder
 from rlxc.backends.tvm.families import write_entries
@@ -19,7 +20,7 @@ from rlxc.backends.tvm.lower import lower
 from rlxc.backends.tvm.problem import Problem
 from rlxc.backends.tvm.program import Program, plan_workspace
 from rlxc.backends.tvm.targets import CpuTarget, find_targets
-from rlxc.backends.tvm.weights import ReadBytes, WeightsFile
+from rlxc.backends.tvm.weights import WeightsFile
 from rlxc.dtypes import DType
 from rlxc.ir import Graph, Source
 from rlxc.ir.target import TargetFeatures
@@ -44,6 +45,7 @@ class TvmBackend:
         ring_cache=True,
         cache_dtype=DType.F16,
         cache_rows=16,
+        rounded_lora=DType.F16,
         # Only weights of one format lie in one matrix: widening one would cost what decoding is limited by, bytes.
         storage={dtype: dtype.value for dtype in _PACKED},
         widest={dtype.value: dtype for dtype in _PACKED},
@@ -56,6 +58,7 @@ class TvmBackend:
         writer: ArtifactWriter,
         options: BuildOptions,
         progress: Callable[[str], None],
+        losses: Losses | None = None,
     ) -> tuple[Library, ...]:
         """Write the graph's machine code and weights into an artifact.
 
@@ -65,6 +68,7 @@ class TvmBackend:
             writer: the artifact being written.
             options: what the user chose.
             progress: told each weight's name when it is written.
+            losses: told what encoding weights costs.
         """
         weights = WeightsFile(graph)
         known = _Known(Database(shipped_folder(), user_folder()))
@@ -75,7 +79,7 @@ class TvmBackend:
         with ThreadPoolExecutor(1, thread_name_prefix="rlxc-kernels") as pool:
             objects = [pool.submit(_compile, *pair) for pair in pairs]
             with writer.file("weights.safetensors") as sink:
-                weights.write(read, sink, progress)
+                weights.write(read, sink, progress, losses)
             libraries = tuple(
                 _write_library(*pair, code.result(), known, writer) for pair, code in zip(pairs, objects)
             )
@@ -131,6 +135,7 @@ def _lower(
         most_tokens=options.max_step,
         read_floats=read_floats,
         find_knobs=find_knobs,
+        lora=options.lora,
     )
 
 

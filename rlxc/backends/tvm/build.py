@@ -24,6 +24,7 @@ from rlxc.backends.tvm.program import (
     Argument,
     Call,
     InCache,
+    InUnit,
     InWeights,
     InWorkspace,
     Program,
@@ -34,8 +35,10 @@ from rlxc.backends.tvm.targets import CpuTarget
 STEP = "rlxc_step"
 """The exported function. Its parameters, all flat tensors and then numbers:
 
-weights int8 (the data of the weights file); workspace int8; anchor int8 (one byte that cache addresses count from);
-caches int64 ``[sequences]`` (each one's distance from the anchor in bytes); past int32 ``[sequences]``; ids int64
+weights int8 (the data of the weights file); workspace int8; anchor int8 (one byte that addresses count from);
+lora_starts int32 ``[sequences + 1]`` (sequence s has the units from number ``lora_starts[s]`` up to
+``lora_starts[s + 1]``); lora_units int64 ``[units]`` (each one's distance from the anchor in bytes); lora_scales f32
+``[units]``; caches int64 ``[sequences]`` (likewise, in bytes); past int32 ``[sequences]``; ids int64
 ``[sequences * step]``; logit_rows int64 ``[rows]``; logits f32 ``[sequences * rows * vocab]``; maxima and sums f32
 ``[sequences * rows * blocks]`` (of every 64 logits); ticks int64 ``[calls + 1]`` (when each call began, and the last
 one ended, in ticks of the CPU's clock); sequences; step; rows. Tensors of f32 begin at multiples of 64 bytes.
@@ -45,6 +48,9 @@ _TENSORS = {
     "weights": "int8",
     "workspace": "int8",
     "anchor": "int8",
+    "lora_starts": "int32",
+    "lora_units": "int64",
+    "lora_scales": "float32",
     "caches": "int64",
     "past": "int32",
     "ids": "int64",
@@ -128,7 +134,7 @@ def _main(program: Program, workspace: Workspace, names: dict[str, GlobalVar], c
                     return address_of(tensors["weights"][offset])
                 case InWorkspace(buffer, offset):
                     return address_of(tensors["workspace"][workspace.offsets[buffer] + offset])
-                case InCache(offset):
+                case InCache(offset) | InUnit(offset):
                     return address_of(tensors["anchor"][offset])
                 case str() if argument in counters:
                     return counters[argument]

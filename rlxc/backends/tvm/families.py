@@ -12,6 +12,7 @@ from rlxc.backends.tvm.kernels.attention import attention_kernel, workspace_floa
 from rlxc.backends.tvm.kernels.attention_block import AttentionKnobs
 from rlxc.backends.tvm.kernels.cache import CacheShape
 from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs
+from rlxc.backends.tvm.kernels.lora import LoraUp
 from rlxc.backends.tvm.kernels.matmul import FEW, matmul_kernel
 from rlxc.backends.tvm.kernels.matmul_exact import exact_matmul_kernel
 from rlxc.backends.tvm.kernels.output import OutputRows
@@ -33,13 +34,17 @@ def matmul(
     bias: bool,
     tokens: int,
     weight: int = 1,
+    lora: LoraUp | None = None,
 ) -> Problem:
-    """A product of a packed weight and int8 activations; results have ``stride`` numbers from token to token."""
+    """A product of a packed weight and int8 activations; results have ``stride`` numbers from token to token.
+
+    It is measured without what ``lora`` makes it add.
+    """
     vectors, layout = Vectors.of(target), PackedLayout(DType(dtype), rows, columns)
     row = QuantisedRow.of(layout, vectors)
 
     def make(knobs: Knobs) -> Kernel:
-        return matmul_kernel(vectors, knobs, layout, OutputRows(rows, stride), bias=bias)
+        return matmul_kernel(vectors, knobs, layout, OutputRows(rows, stride), bias=bias, lora=lora)
 
     biases = (layout.tiles * TILE,) if bias else ()
     arguments = (layout.nbytes, tokens * row.stride, *biases, tokens * stride, tokens)
@@ -57,13 +62,17 @@ def matmul_exact(
     bias: bool,
     tokens: int,
     weight: int = 1,
+    lora: LoraUp | None = None,
 ) -> Problem:
-    """A product of any weight and f32 activations, ``x_stride`` numbers from token to token."""
+    """A product of any weight and f32 activations, ``x_stride`` numbers from token to token.
+
+    It is measured without what ``lora`` makes it add.
+    """
     vectors, layout = Vectors.of(target), layout_of(DType(dtype), rows, columns)
 
     def make(knobs: Knobs) -> Kernel:
         output = OutputRows(rows, stride)
-        return exact_matmul_kernel(vectors, knobs, layout, output, stride=x_stride, bias=bias)
+        return exact_matmul_kernel(vectors, knobs, layout, output, stride=x_stride, bias=bias, lora=lora)
 
     biases = (layout.tiles * TILE,) if bias else ()
     arguments = (layout.nbytes, tokens * x_stride, *biases, tokens * stride, tokens)
@@ -199,9 +208,9 @@ class Entry:
         """The same problem, met ``count`` times in a step."""
         return Entry(self.family, {**self.parameters, "weight": count})
 
-    def problem(self, target: CpuTarget) -> Problem:
-        """The problem, for a target."""
-        return _FAMILIES[self.family](target, **self.parameters)
+    def problem(self, target: CpuTarget, **more: Any) -> Problem:
+        """The problem, for a target; ``more`` are parameters that its measuring does not depend on."""
+        return _FAMILIES[self.family](target, **self.parameters, **more)
 
 
 def _matmul_space(target: CpuTarget, tokens: int) -> tuple[Knobs, ...]:

@@ -6,35 +6,39 @@ product reads it; every other op becomes a kernel of its own. Splitting a row co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.backends.tvm.families import Entry, attention_workspace
-from rlxc.backends.tvm.kernels import cache, embed, rope, rowwise, select, summarise
+from rlxc.artifact.lora import LoraPlan
+from rlxc.backends.tvm.families import attention_workspace
+from rlxc.backends.tvm.kernels import cache, embed, lora, rope, rowwise, select, summarise
 from rlxc.backends.tvm.kernels.activations import QuantisedRow
 from rlxc.backends.tvm.kernels.cache import CacheShape
-from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs
+from rlxc.backends.tvm.kernels.kernel import Kernel
+from rlxc.backends.tvm.kernels.lora import LoraUp
 from rlxc.backends.tvm.kernels.rowwise import Row, RowProgram, Step
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import PackedLayout, align
-from rlxc.backends.tvm.problem import Problem
 from rlxc.backends.tvm.program import (
     Amount,
     Argument,
     Call,
+    Counter,
     InCache,
     InWeights,
     InWorkspace,
     Program,
 )
+from rlxc.backends.tvm.side_paths import SidePaths
 from rlxc.backends.tvm.targets import CpuTarget
+from rlxc.backends.tvm.tuned import FindKnobs, TunedKernels
 from rlxc.backends.tvm.weights import WeightsFile
 from rlxc.dtypes import DType
-from rlxc.errors import UnsupportedError
+from rlxc.errors import GraphError, UnsupportedError
 from rlxc.ir import Graph, Node, RopeSpec, ops
 
 _CACHE_TYPES: Final[Mapping[DType, Literal["float32", "float16"]]] = {
@@ -42,11 +46,15 @@ _CACHE_TYPES: Final[Mapping[DType, Literal["float32", "float16"]]] = {
     DType.F16: "float16",
 }
 
+_PRODUCTS: Final = (ops.MatMul, ops.DequantMatMul, ops.LoraMatMul)
+
+_STACKS: Final[tuple[Argument, ...]] = ("lora_starts", "lora_units")
+
+_STEPS: Final[Mapping[Amount, Counter]] = {"tokens": "step", "rows": "rows_per_sequence"}
+"""How many of an amount each sequence has."""
+
 ReadFloats = Callable[[str], npt.NDArray[np.float32]]
 """Gives a small f32 weight's values, by its name."""
-
-FindKnobs = Callable[[Problem], Knobs | None]
-"""Gives the best known setting of a kernel's knobs at one shape, or None if it was never measured."""
 
 
 def lower(
@@ -58,6 +66,7 @@ def lower(
     most_tokens: int,
     read_floats: ReadFloats,
     find_knobs: FindKnobs,
+    lora: LoraPlan | None,
 ) -> Program:
     """The program of a graph.
 
@@ -69,23 +78,24 @@ def lower(
         most_tokens: that a step may have, of all sequences together.
         read_floats: gives small f32 weights.
         find_knobs: chooses kernels' knobs.
+        lora: where adapters will lie; None if the graph takes none.
 
     Raises:
         UnsupportedError: an op has no kernel, or something else than a matrix product makes the logits.
     """
     last = graph.producer.get("logits")
-    if last is None or not isinstance(last.op, ops.MatMul | ops.DequantMatMul):
+    if last is None or not isinstance(last.op, _PRODUCTS):
         made = f"by {last.op.name}" if last else "by nothing"
         raise UnsupportedError(
             f"the tvm backend writes logits as a matrix product makes them, here they are made {made}"
         )
-    to = _Lowering(graph, weights, target, int8, most_tokens, read_floats, find_knobs)
+    tuned = TunedKernels(target, most_tokens, find_knobs)
+    to = _Lowering(graph, weights, target, int8, most_tokens, read_floats, tuned, lora)
     for node in graph.nodes:
         to.node(node)
     to.flush()
     to.summarise_logits()
-    entries = tuple(entry.times(count) for entry, count in to.entries.values())
-    return Program(tuple(to.calls), tuple(to.buffers), most_tokens, entries)
+    return Program(tuple(to.calls), tuple(to.buffers), most_tokens, tuned.entries)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,8 @@ class _Lowering:
     int8: bool
     most_tokens: int
     read_floats: ReadFloats
-    find_knobs: FindKnobs
+    tuned: TunedKernels
+    lora: LoraPlan | None
     calls: list[Call] = field(default_factory=list)
     buffers: list[int] = field(default_factory=list)
 
@@ -123,8 +134,6 @@ class _Lowering:
         self._rounded: dict[tuple[str, QuantisedRow], Argument] = {}
         self._numbers: dict[str, float] = {}
         self._pending: list[Node] = []
-        self.entries: dict[str, tuple[Entry, int]] = {}
-        self._tuned_kernels: dict[str, Kernel] = {}
         self._row_kernels: dict[RowProgram, Kernel] = {}
         self._angles: dict[tuple[RopeSpec, str], Argument] = {}
         self._cache_offsets = _cache_offsets(self.graph)
@@ -153,7 +162,16 @@ class _Lowering:
             case ops.Embed():
                 self._embed(node)
             case ops.MatMul() | ops.DequantMatMul():
-                self._matmul(node)
+                self._matmul(node, node.inputs)
+            case ops.LoraMatMul() as op:
+                *inputs, u, up = node.inputs
+                parts = int(self.graph.types[u].shape[2])
+                added, places = self._side_paths.up(up, op.first, parts)
+                self._matmul(node, inputs, added, (*places, *_STACKS, self._place(u).argument))
+            case ops.LoraDown():
+                self._lora_down(node)
+            case ops.LoraEmbed():
+                self._lora_embed(node)
             case ops.SelectRows():
                 self._select(node)
             case ops.GroupQueryAttention() as op:
@@ -187,8 +205,14 @@ class _Lowering:
             embed.embed_kernel(stored.layout), (InWeights(stored.offset), "ids", out.argument, "tokens")
         )
 
-    def _matmul(self, node: Node) -> None:
-        x, weight, *bias = node.inputs
+    def _matmul(
+        self,
+        node: Node,
+        inputs: Sequence[str],
+        lora: LoraUp | None = None,
+        stacks: tuple[Argument, ...] = (),
+    ) -> None:
+        x, weight, *bias = inputs
         stored, columns = self.weights.stored[weight], self._width(x)
         layout = stored.layout
         assert layout is not None
@@ -202,15 +226,46 @@ class _Lowering:
         shape = {"rows": layout.rows, "columns": columns, "stride": output_stride, "bias": bool(bias)}
         if isinstance(layout, PackedLayout) and self.int8:
             activations = self._round(x, QuantisedRow.of(layout, self.vectors))
-            kernel = self._tuned("matmul", amount, dtype=layout.dtype.value, **shape)
+            kernel = self.tuned.make("matmul", amount, lora=lora, dtype=layout.dtype.value, **shape)
         else:
             place = self._place(x)
             activations = place.argument
-            kernel = self._tuned(
-                "matmul_exact", amount, dtype=layout.dtype.value, **shape, x_stride=place.stride
-            )
-        arguments = (InWeights(stored.offset), activations, *map(self._weight, bias), out, amount)
+            shape["x_stride"] = place.stride
+            kernel = self.tuned.make("matmul_exact", amount, lora=lora, dtype=layout.dtype.value, **shape)
+        if stacks:
+            stacks = (*stacks, "sequences", _STEPS[amount])
+        arguments = (InWeights(stored.offset), activations, *map(self._weight, bias), out, amount, *stacks)
         self._call(kernel, arguments, amount, stored.nbytes, layout.rows * columns)
+
+    def _lora_down(self, node: Node) -> None:
+        name, a, _ = node.inputs
+        x = self._place(name)
+        down, places = self._side_paths.down(a)
+        u = self._new(node.outputs[0], width=down.width, stride=down.width)
+        stacks: tuple[Argument, ...] = (*places, *_STACKS, "lora_scales")
+        kernel = lora.lora_down_kernel(self.vectors, down, stride=x.stride)
+        self._call(kernel, (x.argument, *stacks, u.argument, "sequences", _STEPS[x.amount]), x.amount)
+
+    def _lora_embed(self, node: Node) -> None:
+        name, _, a, _, _ = node.inputs
+        x, out = self._place(name), self._new(node.outputs[0])
+        distance, places = self._side_paths.embedding(a)
+        kernel = lora.lora_embed_kernel(
+            self.vectors,
+            element=self._side_paths.element,
+            columns=x.width,
+            stride=x.stride,
+            out_stride=out.stride,
+            place=distance,
+        )
+        stacks: tuple[Argument, ...] = (*places, *_STACKS, "lora_scales")
+        self._call(kernel, (x.argument, "ids", *stacks, out.argument, "sequences", "step"))
+
+    @property
+    def _side_paths(self) -> SidePaths:
+        if self.lora is None:
+            raise GraphError("adapters are inputs of the graph, but there is no plan where they lie")
+        return SidePaths(self.lora)
 
     def _select(self, node: Node) -> None:
         x, _ = node.inputs
@@ -248,7 +303,7 @@ class _Lowering:
         rows = (queries.argument, keys.argument, values.argument)
         self._call(write, (*rows, *angles, "past", "caches", *caches, rotated, "sequences", "step"))
         out = self._new(node.outputs[0])
-        attend = self._tuned(
+        attend = self.tuned.make(
             "attention",
             "tokens",
             heads=op.heads,
@@ -276,22 +331,6 @@ class _Lowering:
             self._call(kernel, ("past", InWeights(stored.offset), angles, "sequences", "step"))
             self._angles[spec, factors] = angles
         return self._angles[spec, factors]
-
-    def _tuned(self, family: str, amount: Amount, **parameters: Any) -> Kernel:
-        """The kernel with these parameters, and with the best known knobs for as many tokens as it may get."""
-        many = (self.most_tokens, 1) if amount == "tokens" else (1,)
-        entries = [Entry(family, {**parameters, "tokens": tokens}) for tokens in dict.fromkeys(many)]
-        for entry in entries:
-            self.entries[entry.key] = (entry, self.entries.get(entry.key, (entry, 0))[1] + 1)
-        if entries[0].key not in self._tuned_kernels:
-            problems = [entry.problem(self.target) for entry in entries]
-            knobs = dict(problems[0].space[0])
-            # Each problem has a say in what it makes better; where two disagree, the one with many tokens wins.
-            for problem in reversed(problems):
-                best = self.find_knobs(problem) or {}
-                knobs.update({name: value for name, value in best.items() if value != problem.space[0][name]})
-            self._tuned_kernels[entries[0].key] = problems[0].make(knobs)
-        return self._tuned_kernels[entries[0].key]
 
     def summarise_logits(self) -> None:
         """Spare whoever chooses a token from looking at all of them."""
@@ -385,7 +424,7 @@ class _Lowering:
 
     def _int8_layout(self, node: Node) -> PackedLayout | None:
         """The layout of the weight that a node multiplies with in int8, if it does."""
-        if not self.int8 or not isinstance(node.op, ops.DequantMatMul):
+        if not self.int8 or not isinstance(node.op, ops.DequantMatMul | ops.LoraMatMul):
             return None
         layout = self.weights.stored[node.inputs[1]].layout
         return layout if isinstance(layout, PackedLayout) else None
@@ -409,9 +448,9 @@ class _Lowering:
     def _weight(self, name: str) -> Argument:
         return InWeights(self.weights.stored[name].offset)
 
-    def _new(self, name: str, *, stride: int | None = None) -> _Place:
+    def _new(self, name: str, *, width: int | None = None, stride: int | None = None) -> _Place:
         """A place for a value's rows, on cache lines unless the kernel that makes them has a stride of its own."""
-        width = self._width(name)
+        width = width or self._width(name)
         stride = stride or align(4 * width) // 4
         buffer = self._new_buffer(4 * stride)
         type_ = self.graph.types[name]
@@ -443,9 +482,11 @@ class _Lowering:
 
 def _cache_offsets(graph: Graph) -> dict[str, int]:
     """Where each cache begins in the memory of a sequence, in bytes: one after the other, as the graph names them."""
+    layers = [node for node in graph.nodes if isinstance(node.op, ops.GroupQueryAttention)]
+    caches = {name for node in layers for name in node.inputs[3:5]}
     offsets, position = {}, 0
     for value in graph.inputs:
-        if len(value.type.shape) == 4:
+        if value.name in caches:
             heads, capacity, dim = map(int, value.type.shape[1:])
             offsets[value.name] = position
             position += align(heads * capacity * dim * _SIZES[value.type.dtype])

@@ -16,7 +16,18 @@ Amount = Literal["tokens", "rows"]
 Counter = Literal["sequences", "step", "tokens", "rows", "rows_per_sequence"]
 """A number that a call is given."""
 
-Tensor = Literal["ids", "past", "caches", "logit_rows", "logits", "maxima", "sums"]
+Tensor = Literal[
+    "ids",
+    "past",
+    "caches",
+    "lora_starts",
+    "lora_units",
+    "lora_scales",
+    "logit_rows",
+    "logits",
+    "maxima",
+    "sums",
+]
 """A tensor that the caller passes."""
 
 
@@ -42,7 +53,14 @@ class InCache:
     offset: int
 
 
-Argument = InWeights | InWorkspace | InCache | Tensor | Counter
+@dataclass(frozen=True)
+class InUnit:
+    """An argument: what lies at this byte of a unit of an adapter, relative to the anchor."""
+
+    offset: int
+
+
+Argument = InWeights | InWorkspace | InCache | InUnit | Tensor | Counter
 
 
 @dataclass(frozen=True)
@@ -53,8 +71,8 @@ class Call:
         kernel: what is called.
         arguments: one for each of its parameters.
         amount: what it works on; a step may want no rows.
-        bytes_read: weights that it reads.
-        multiplications: by weights, for each of the amount.
+        bytes_read: weights that it reads, without adapters, of which each step may have others.
+        multiplications: by these weights, for each of the amount.
     """
 
     kernel: Kernel

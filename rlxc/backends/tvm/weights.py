@@ -12,13 +12,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.backends.recipes import Losses, ReadBytes, packed_rows
 from rlxc.backends.tvm.layout import Bytes, Layout, align, in_tiles, layout_of
-from rlxc.errors import UnsupportedError
-from rlxc.ir import Concat, Graph, Source, Weight
+from rlxc.ir import Graph, Weight
 from rlxc.weights.formats import FORMATS
-
-ReadBytes = Callable[[str], Bytes]
-"""Gives the bytes of a tensor of the model file."""
 
 _CHUNK_BYTES = 1 << 18
 """Bytes of the model file that are rearranged at a time: large enough for numpy, small enough for the cache."""
@@ -69,11 +66,20 @@ class WeightsFile:
             self._place(name, None, array.nbytes)
         return self.stored[name]
 
-    def write(self, read: ReadBytes, sink: Sink, progress: Callable[[str], None]) -> None:
-        """Write the file, tensor by tensor; ``progress`` is told each weight's name when it is written."""
+    def write(
+        self, read: ReadBytes, sink: Sink, progress: Callable[[str], None], losses: Losses | None = None
+    ) -> None:
+        """Write the file, tensor by tensor.
+
+        Args:
+            read: gives the bytes of the model file's tensors.
+            sink: where they go.
+            progress: told each weight's name when it is written.
+            losses: told what encoding weights costs.
+        """
         sink.write(self._header())
         for weight in self.graph.weights:
-            for part in _ahead(_sections(weight, self.stored[weight.name], read)):
+            for part in _ahead(_sections(packed_rows(weight, read, losses), self.stored[weight.name])):
                 sink.write(part)
             sink.align(64)
             progress(weight.name)
@@ -116,18 +122,18 @@ def _nbytes(weight: Weight) -> int:
     return int(np.prod([int(dim) for dim in weight.type.shape])) * FORMATS[weight.type.dtype].block_bytes
 
 
-def _sections(weight: Weight, stored: Stored, read: ReadBytes) -> Iterator[npt.NDArray[np.generic]]:
-    """The bytes of a tensor, in order: the first section as it comes, the others, which are small, after it."""
+def _sections(rows: Iterator[Bytes], stored: Stored) -> Iterator[npt.NDArray[np.generic]]:
+    """The bytes of a tensor of these rows: the first section as it comes; the others, which are small, after it."""
     layout = stored.layout
     if layout is None:
-        yield from _rows(weight, read)
+        yield from rows
         return
     first, *others = layout.sections
     later: Mapping[str, list[npt.NDArray[np.generic]]] = {name: [] for name in others}
     row_bytes = FORMATS[layout.dtype].row_bytes(layout.columns)
     rows_at_once = max(16, _CHUNK_BYTES // row_bytes // 16 * 16)
     position = 0
-    for chunk in in_tiles(_rows(weight, read), rows_at_once):
+    for chunk in in_tiles(rows, rows_at_once):
         sections = layout.encode(chunk)
         yield sections[first]
         position += sections[first].nbytes
@@ -152,18 +158,3 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             if item is None:
                 return
             yield item
-
-
-def _rows(weight: Weight, read: ReadBytes) -> Iterator[Bytes]:
-    """The rows of a weight, ``uint8 [rows, row_bytes]``, following its recipe."""
-    match weight.recipe:
-        case Source(tensor):
-            columns = int(weight.type.shape[-1])
-            yield read(tensor).reshape(-1, FORMATS[weight.type.dtype].row_bytes(columns))
-        case Concat(parts):
-            for part in parts:
-                if part.type.dtype is not weight.type.dtype:
-                    raise UnsupportedError(f"@{weight.name} stacks {part.type.dtype} and {weight.type.dtype}")
-                yield from _rows(part, read)
-        case _:
-            raise UnsupportedError(f"recipe {weight.recipe} of @{weight.name} cannot be stored")

@@ -15,10 +15,13 @@ from typing import Any
 
 from tvm.ir import PrimType
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import PrimFunc, Ramp, const
+from tvm.tirx import PrimFunc, Ramp, address_of, call_llvm_intrin, const
 from tvm.tirx.script.builder import ir as T
 
 _MANY_ROWS = 8
+
+# For reading, to stay in every cache, data.
+_PREFETCH = (const(0, "int32"), const(3, "int32"), const(1, "int32"))
 
 Expr = Any
 """An expression of TVM's."""
@@ -128,6 +131,11 @@ def bind(value: Expr) -> Expr:
 def view(buffer: Buffer, dtype: str) -> Buffer:
     """The same memory as elements of another type."""
     return T.decl_buffer((1 << 40,), dtype, data=buffer.data)
+
+
+def prefetch(buffer: Buffer, at: Expr) -> None:
+    """Ask for the cache line of an element that will be read."""
+    T.evaluate(call_llvm_intrin("void", "llvm.prefetch.p0", address_of(buffer[at]), *_PREFETCH))
 
 
 class Register:

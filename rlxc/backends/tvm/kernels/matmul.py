@@ -33,7 +33,9 @@ from rlxc.backends.tvm.kernels.kernel import (
     pieces_of,
     serial,
     view,
+    when,
 )
+from rlxc.backends.tvm.kernels.lora import LoraUp, UpTile
 from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.tiles import TileReader, groups_of
 from rlxc.backends.tvm.kernels.vector import Vectors
@@ -47,7 +49,13 @@ _PASSES = 3
 
 
 def matmul_kernel(
-    vectors: Vectors, knobs: Knobs, layout: PackedLayout, output: OutputRows, *, bias: bool
+    vectors: Vectors,
+    knobs: Knobs,
+    layout: PackedLayout,
+    output: OutputRows,
+    *,
+    bias: bool,
+    lora: LoraUp | None = None,
 ) -> Kernel:
     """The kernel for one weight's layout.
 
@@ -55,23 +63,30 @@ def matmul_kernel(
     many bytes ahead the weight is asked for where reading it takes longer than multiplying it.
 
     Its parameters: the weight's bytes; activations as :class:`QuantisedRow` rows; the bias f32 ``[rows]`` if there is
-    one; the output, f32 ``[tokens, rows]`` with the stride of ``output``; the number of tokens.
+    one; the output, f32 ``[tokens, rows]`` with the stride of ``output``; the number of tokens; what ``lora`` takes.
     """
     row = QuantisedRow.of(layout, vectors)
     at_once = knobs["tokens"]
 
     def body(weight: Buffer, activations: Buffer, *rest: Buffer) -> None:
         biases = rest[0] if bias else None
-        out, count = rest[-2:]
+        out, count, *stacks = rest[bias:]
         ints, floats = view(activations, "int32"), view(activations, "float32")
         product = _Product(vectors, layout, row, ints, floats, biases, out, output)
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
+            added = None
+            if lora is not None:
+                added = UpTile(vectors, lora, stacks, tile)
+                with when(count <= FEW):
+                    added.prefetch()
             for first in range(0, TILE, vectors.lanes):
                 packed = _Packed(TileReader(vectors, layout, weight, tile, first), knobs["prefetch"])
 
                 def multiply(source: _Packed | _Unpacked, sizes: Sequence[int], first: int = first) -> None:
-                    for_tokens(count, sizes, lambda n, start: product.emit(source, tile, first, n, start))
+                    for_tokens(
+                        count, sizes, lambda n, start: product.emit(source, tile, first, n, start, added)
+                    )
 
                 with T.If(count >= _PASSES * at_once):
                     with T.Then():
@@ -79,11 +94,14 @@ def matmul_kernel(
                     with T.Else():
                         multiply(packed, [size for size in (8, 4, 2, 1) if size <= at_once])
 
-    params = [Pointer("weight", "int8"), Pointer("activations", "int8")]
+    params: list[Pointer | Number] = [Pointer("weight", "int8"), Pointer("activations", "int8")]
     if bias:
         params.append(Pointer("bias", "float32"))
     name = f"matmul_{layout.dtype}_{layout.rows}x{layout.columns}_{output.stride}{'_bias' if bias else ''}"
-    return Kernel(name, (*params, Pointer("out", "float32"), Number("tokens")), body)
+    params += [Pointer("out", "float32"), Number("tokens")]
+    if lora is not None:
+        name, params = f"{name}_{lora.name}", [*params, *lora.params]
+    return Kernel(name, tuple(params), body)
 
 
 @dataclass(frozen=True)
@@ -187,12 +205,22 @@ class _Product:
     out: Buffer
     output: OutputRows
 
-    def emit(self, source: _Packed | _Unpacked, tile: Expr, first: int, tokens: int, start: Expr) -> None:
+    def emit(
+        self,
+        source: _Packed | _Unpacked,
+        tile: Expr,
+        first: int,
+        tokens: int,
+        start: Expr,
+        added: UpTile | None,
+    ) -> None:
         """The tile's rows from ``first`` on, as ``source`` has them, times ``tokens`` tokens from ``start`` on."""
         vectors = self.vectors
         rows = [bind((start + token) * self.row.stride) for token in range(tokens)]
         sums = [Register(vectors.lanes, vectors.splat(0.0)) for _ in range(tokens)]
         source.walk(tokens, lambda part: self._add(part, sums, rows))
+        if added is not None:
+            added.add(sums, start, first)
         self.output.finish(vectors, sums, self.bias, self.out, start, tile, first)
 
     def _add(self, part: _SubBlock, sums: list[Register], rows: list[Expr]) -> None:

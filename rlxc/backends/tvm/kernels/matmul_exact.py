@@ -23,7 +23,9 @@ from rlxc.backends.tvm.kernels.kernel import (
     pieces_of,
     serial,
     view,
+    when,
 )
+from rlxc.backends.tvm.kernels.lora import LoraUp, UpTile
 from rlxc.backends.tvm.kernels.matmul import FEW
 from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.tiles import TileReader, groups_of
@@ -35,34 +37,52 @@ _DTYPES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "uint16"}
 
 
 def exact_matmul_kernel(
-    vectors: Vectors, knobs: Knobs, layout: Layout, output: OutputRows, *, stride: int, bias: bool
+    vectors: Vectors,
+    knobs: Knobs,
+    layout: Layout,
+    output: OutputRows,
+    *,
+    stride: int,
+    bias: bool,
+    lora: LoraUp | None = None,
 ) -> Kernel:
     """The kernel for one weight's layout.
 
     Its knobs are those of :func:`~rlxc.backends.tvm.kernels.matmul.matmul_kernel`.
 
     Its parameters: the weight's bytes; x f32 ``[tokens, columns]``, ``stride`` numbers from token to token; the bias
-    f32 ``[rows]`` if there is one; the output, f32 ``[tokens, rows]`` as ``output`` says; the number of tokens.
+    f32 ``[rows]`` if there is one; the output, f32 ``[tokens, rows]`` as ``output`` says; the number of tokens;
+    what ``lora`` takes.
     """
 
     def body(weight: Buffer, x: Buffer, *rest: Buffer) -> None:
         bias_buffer = rest[0] if bias else None
-        out, count = rest[-2:]
+        out, count, *stacks = rest[bias:]
         product = _Product(vectors, knobs["prefetch"], layout, weight, x, stride, bias_buffer, out, output)
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
+            added = None
+            if lora is not None:
+                added = UpTile(vectors, lora, stacks, tile)
+                with when(count <= FEW):
+                    added.prefetch()
             for_tokens(
-                count, pieces_of(knobs["tokens"]), lambda tokens, start: product.emit(tile, tokens, start)
+                count,
+                pieces_of(knobs["tokens"]),
+                lambda tokens, start: product.emit(tile, tokens, start, added),
             )
 
-    params = [Pointer("weight", "int8"), Pointer("x", "float32")]
+    params: list[Pointer | Number] = [Pointer("weight", "int8"), Pointer("x", "float32")]
     if bias:
         params.append(Pointer("bias", "float32"))
     name = (
         f"matmul_exact_{layout.dtype}_{layout.rows}x{layout.columns}_{stride}_{output.stride}"
         f"{'_bias' if bias else ''}"
     )
-    return Kernel(name, (*params, Pointer("out", "float32"), Number("tokens")), body)
+    params += [Pointer("out", "float32"), Number("tokens")]
+    if lora is not None:
+        name, params = f"{name}_{lora.name}", [*params, *lora.params]
+    return Kernel(name, tuple(params), body)
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,7 @@ class _Product:
     out: Buffer
     output: OutputRows
 
-    def emit(self, tile: Expr, tokens: int, start: Expr) -> None:
+    def emit(self, tile: Expr, tokens: int, start: Expr, added: UpTile | None) -> None:
         """All rows of the tile, times ``tokens`` tokens from ``start`` on."""
         vectors = self.vectors
         rows = [bind((start + token) * self.stride) for token in range(tokens)]
@@ -89,6 +109,8 @@ class _Product:
                 self._packed(TileReader(vectors, self.layout, self.weight, tile, first), sums, rows)
             else:
                 self._float(self.layout, tile, first, sums, rows)
+            if added is not None:
+                added.add(sums, start, first)
             self.output.finish(vectors, sums, self.bias, self.out, start, tile, first)
 
     def _float(

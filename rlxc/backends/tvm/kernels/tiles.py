@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from tvm.tirx import address_of, call_llvm_intrin, const
-from tvm.tirx.script.builder import ir as T
-
-from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, view
+from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, prefetch, view
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
 
 _GROUP_BYTES = 4 * TILE
-
-# For reading, to stay in every cache, data.
-_PREFETCH = (const(0, "int32"), const(3, "int32"), const(1, "int32"))
 
 
 class TileReader:
@@ -57,8 +51,7 @@ class TileReader:
         """Ask for the codes ``distance`` bytes after those of a block, as many bytes as a block has."""
         start = self._start("codes") + block * (self.layout.bits * _GROUP_BYTES) + distance
         for line in range(self.layout.bits):
-            address = address_of(self._bytes[start + line * _GROUP_BYTES])
-            T.evaluate(call_llvm_intrin("void", "llvm.prefetch.p0", address, *_PREFETCH))
+            prefetch(self._bytes, start + line * _GROUP_BYTES)
 
     def scale(self, block: Expr) -> Expr:
         """The f16 scale of a block of the format, as f32."""

@@ -1,0 +1,199 @@
+"""Positions, caches and attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlxc.dtypes import DType
+from rlxc.ir.graph import Dim, TensorType
+from rlxc.ir.ops.base import Op, Types, add_dims, f32, part_size
+from rlxc.ir.rope import RopeSpec
+
+
+@dataclass(frozen=True)
+class Positions(Op):
+    """Positions of this step's tokens: ``past + 0 .. past + S - 1``.
+
+    Inputs: ids ``i64[B, S]``, and the past: its length ``i32[]``, or a cache ``f32[B, K, past, D]`` that holds it.
+    """
+
+    arity = (2, 2)
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``i64[B, S]``."""
+        ids, past = inputs
+        scalar = past == TensorType(DType.I32, ())
+        self.require(ids.dtype is DType.I64 and len(ids.shape) == 2, f"ids must be i64[B, S], got {ids}")
+        self.require(scalar or len(past.shape) == 4, f"past must be i32[] or a cache, got {past}")
+        return (ids,)
+
+
+@dataclass(frozen=True)
+class Rope(Op):
+    """Rotates each head by its position.
+
+    Inputs: x ``f32[B, S, heads * D]``, positions ``i64[B, S]``, optional factors ``f32[dim/2]``.
+    """
+
+    arity = (2, 3)
+    heads: int
+    spec: RopeSpec
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of x."""
+        x, positions = inputs[:2]
+        self.require(len(x.shape) == 3, f"x must be f32[B, S, heads * D], got {x}")
+        self.require(positions == TensorType(DType.I64, x.shape[:2]), f"positions {positions} for {x}")
+        _check_rope(self, self.spec, part_size(self, x, self.heads), inputs[2:])
+        return (x,)
+
+
+@dataclass(frozen=True)
+class KvAppend(Op):
+    """A cache with this step's rows after the past ones, as a new value: the pure form that models emit.
+
+    Inputs: past ``f32[B, K, past, D]``, new ``f32[B, S, K * D]``. Result: ``f32[B, K, past + S, D]``.
+    """
+
+    arity = (2, 2)
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[B, K, past + S, D]``."""
+        past, new = inputs
+        batch, heads, length, dim = _cache_shape(self, past, new)
+        return (TensorType(past.dtype, (batch, heads, add_dims(length, new.shape[1]), dim)),)
+
+
+@dataclass(frozen=True)
+class KvWrite(Op):
+    """Writes this step's rows into a fixed buffer, f32 or f16, in place.
+
+    ``layout`` is ``linear`` (row = position) or ``ring`` (row = position mod capacity).
+    Inputs: cache ``f32[B, K, capacity, D]``, new ``f32[B, S, K * D]``, past length ``i32[]``. Result: the cache.
+    """
+
+    arity = (3, 3)
+    layout: str
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The cache's shape."""
+        cache, new, past = inputs
+        _cache_shape(self, cache, new)
+        _check_layout(self, self.layout, past)
+        return (cache,)
+
+
+@dataclass(frozen=True)
+class KvRead(Op):
+    """The rows of a cache that this step's tokens may see, oldest first.
+
+    All of them in a ``linear`` layout; in a ``ring`` the last ``window + S - 1``.
+    Inputs: cache ``f32[B, K, capacity, D]``, this step's rows ``f32[B, S, K * D]`` (for ``S``), past length ``i32[]``.
+    Result: ``f32[B, K, T, D]``.
+    """
+
+    arity = (3, 3)
+    layout: str
+    window: int | None = None
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """``f32[B, K, T, D]`` with a symbolic ``T``."""
+        cache, new, past = inputs
+        batch, heads, _, dim = _cache_shape(self, cache, new)
+        _check_layout(self, self.layout, past)
+        self.require(
+            (self.layout == "ring") is (self.window is not None),
+            "a ring is read by window, a linear cache is not",
+        )
+        return (f32(batch, heads, "visible", dim),)
+
+
+@dataclass(frozen=True)
+class Attention(Op):
+    """Causal grouped-query attention: ``softmax(scale * q k^T + mask) v``.
+
+    The last of the ``T`` keys belongs to the last of the ``S`` queries. With a ``window``, a query sees that many
+    keys, its own included. Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, K, T, D]``. Result: the shape of q.
+    Source: Ainslie et al. 2023.
+    """
+
+    arity = (3, 3)
+    heads: int
+    scale: float
+    window: int | None = None
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of q."""
+        q, k, v = inputs
+        self.require(k == v, f"keys {k} and values {v} differ")
+        _check_heads(self, self.heads, q, _cache_dims(self, k))
+        return (q,)
+
+
+@dataclass(frozen=True)
+class GroupQueryAttention(Op):
+    """Rope, cache write and read, and attention in one: what ONNX Runtime's op of that name does.
+
+    Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, S, K * D]``, key cache and value cache
+    ``f32[B, K, capacity, D]``, past length ``i32[]``, optional rope factors ``f32[dim/2]``.
+    Results: the attention's output (the shape of q), key cache, value cache.
+    """
+
+    arity = (6, 7)
+    heads: int
+    scale: float
+    layout: str
+    window: int | None = None
+    rope: RopeSpec | None = None
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shapes of q and of the two caches."""
+        q, k, v, key_cache, value_cache, past = inputs[:6]
+        self.require(k == v and key_cache == value_cache, "keys and values differ in shape")
+        cache = _cache_shape(self, key_cache, k)
+        _check_layout(self, self.layout, past)
+        self.require(self.layout == "linear" or self.window is not None, "a ring has a window")
+        _check_heads(self, self.heads, q, cache)
+        self.require(q.shape[1] == k.shape[1], f"q {q} and k {k} differ in tokens")
+        self.require(self.rope is not None or not inputs[6:], "rope factors without rope")
+        if self.rope is not None:
+            _check_rope(self, self.rope, cache[3], inputs[6:])
+        return (q, key_cache, value_cache)
+
+
+def _cache_dims(op: Op, cache: TensorType) -> tuple[Dim, int, Dim, int]:
+    """``B, K, T, D`` of a cache."""
+    fits = cache.dtype in (DType.F32, DType.F16) and len(cache.shape) == 4
+    op.require(fits, f"a cache is f32 or f16 [B, K, T, D], got {cache}")
+    batch, heads, length, dim = cache.shape
+    numbers = isinstance(heads, int) and isinstance(dim, int) and heads > 0
+    op.require(numbers, f"heads and head dim of {cache} must be numbers")
+    assert isinstance(heads, int) and isinstance(dim, int)
+    return batch, heads, length, dim
+
+
+def _cache_shape(op: Op, cache: TensorType, new: TensorType) -> tuple[Dim, int, Dim, int]:
+    """``B, K, T, D`` of a cache that takes rows of the type ``new``."""
+    batch, heads, length, dim = _cache_dims(op, cache)
+    fits = len(new.shape) == 3 and new == f32(batch, new.shape[1], heads * dim)
+    op.require(fits, f"new rows {new} do not fit cache {cache}")
+    return batch, heads, length, dim
+
+
+def _check_layout(op: Op, layout: str, past: TensorType) -> None:
+    op.require(layout in ("linear", "ring"), f"unknown layout {layout!r}")
+    op.require(past == TensorType(DType.I32, ()), f"past length must be i32[], got {past}")
+
+
+def _check_heads(op: Op, heads: int, q: TensorType, cache: tuple[Dim, int, Dim, int]) -> None:
+    batch, kv_heads, _, dim = cache
+    fits = len(q.shape) == 3 and q == f32(batch, q.shape[1], heads * dim)
+    op.require(fits, f"q {q} does not hold {heads} heads of {dim}")
+    op.require(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads")
+
+
+def _check_rope(op: Op, spec: RopeSpec, head_dim: int, factors: Types) -> None:
+    fits = spec.dim <= head_dim and spec.dim % 2 == 0
+    op.require(fits, f"{spec.dim} rotated channels do not fit a head of {head_dim}")
+    for given in factors:
+        op.require(given == f32(spec.dim // 2), f"factors {given}, expected {spec.dim // 2}")
