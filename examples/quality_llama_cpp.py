@@ -1,11 +1,13 @@
 """How far quantised inference drifts from exact weights: rlxc beside llama.cpp on the same GGUF.
 
     python examples/quality_llama_cpp.py model.gguf
+    python examples/quality_llama_cpp.py model.gguf --lora adapter.gguf
 
 The reference is llama.cpp itself, on a copy of the model whose weights are decoded to f32, with an f32 cache. For
 each of llama.cpp (on the quantised file), rlxc with int8 and rlxc with float32 activations, this prints the mean
 Kullback-Leibler divergence of the next-token distribution from the reference, in nats, and on how many tokens the
-best next token differs although the reference's two best are more than 0.05 apart.
+best next token differs although the reference's two best are more than 0.05 apart. With an adapter, all of them use
+it beside the base weights: llama.cpp by its own LoRA code, rlxc split.
 
 Needs `pip install rlxc[bench]`, and disk space for the decoded copy.
 """
@@ -36,19 +38,22 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--lora", type=Path, help="a GGUF adapter")
     parser.add_argument("--tokens", type=int, default=768, help="how much of the text is used")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         exact = Path(folder) / "exact.gguf"
         write_decoded(args.model, exact)
-        ids, reference = llama_cpp_logits(exact, args.text.read_bytes(), args.tokens)
+        ids, reference = llama_cpp_logits(exact, args.lora, args.text.read_bytes(), args.tokens)
         exact.unlink()
-        _, peer = llama_cpp_logits(args.model, args.text.read_bytes(), args.tokens)
+        _, peer = llama_cpp_logits(args.model, args.lora, args.text.read_bytes(), args.tokens)
         report("llama.cpp", reference, peer)
         del peer
         for activations in ("int8", "float32"):
             artifact = Path(folder) / f"{activations}.rlx"
-            rlxc.compile(args.model, artifact, activations=activations)
+            adapters = [args.lora] if args.lora else []
+            mode = "split" if adapters else "auto"
+            rlxc.compile(args.model, artifact, activations=activations, adapters=adapters, lora=mode)
             with rlxc.load(artifact) as session:
                 report(f"rlxc {activations}", reference, session.score(ids))
 
@@ -77,10 +82,18 @@ def write_decoded(model: Path, output: Path) -> None:
     writer.close()
 
 
-def llama_cpp_logits(model: Path, text: bytes, tokens: int) -> tuple[list[int], Logits]:
+def llama_cpp_logits(model: Path, lora: Path | None, text: bytes, tokens: int) -> tuple[list[int], Logits]:
     """The first tokens of the text, and llama.cpp's logits after each: ``f32 [tokens, vocab]``."""
     exact_cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "flash_attn": False}
-    llama = Llama(str(model), n_ctx=tokens, logits_all=True, verbose=False, n_threads=2, **exact_cache)
+    llama = Llama(
+        str(model),
+        n_ctx=tokens,
+        logits_all=True,
+        verbose=False,
+        n_threads=2,
+        lora_path=str(lora) if lora else None,
+        **exact_cache,
+    )
     ids = llama.tokenize(text)[:tokens]
     llama.eval(ids)
     logits = np.array(llama.scores[: len(ids)], np.float32)

@@ -261,7 +261,7 @@ def _lower(
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> PipelineResult:
-    passes = default_passes(features, context=context, max_step=_max_step(context), changes=WeightChanges())
+    passes = default_passes(features, context=context, max_step=_max_step(context), changes=changes)
     return run_passes(graph, passes, trace=trace, stop_after=after)
 
 

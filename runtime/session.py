@@ -12,26 +12,23 @@ from time import sleep
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from rlxc.artifact import Artifact, Verification
-from rlxc.errors import ContextError, OptionError, SessionError
-from rlxc.runtime.engines import Cache, Engine, find_engine, loads_slowly
-from rlxc.runtime.logits import Floats, StepLogits
+from rlxc.errors import OptionError, RlxcError, SessionError
+from rlxc.runtime.batch import Job, Request, run_batch
+from rlxc.runtime.engines import Engine, find_engine, loads_slowly
+from rlxc.runtime.logits import Floats
+from rlxc.runtime.model import Ids, Model
 from rlxc.runtime.sampling import Choice, Sampler, SamplingOptions
-from rlxc.runtime.stream import Completion, Stream
+from rlxc.runtime.sequence import Stack, Tokens
+from rlxc.runtime.session_adapters import AdapterName, SessionAdapters
+from rlxc.runtime.stream import Completion, GrowingText, Stream
 from rlxc.runtime.threads import choose_threads
 from rlxc.runtime.tokenizer import StopMatcher, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from rlxc.runtime.chat import ChatTemplate
 
-Ids = Sequence[int] | npt.NDArray[np.integer]
-
 ReadTokenizer = Callable[[], Tokenizer]
-
-_SCORE_LOGITS = 1 << 25  # logits of one step of `score`: 128 MiB, enough rows to keep the matmuls busy
 
 _HEAD_START = 0.03  # seconds
 
@@ -59,7 +56,12 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session
         read_tokenizer = _tokenizer_reader(artifact)
         if loads_slowly(artifact):
             read_tokenizer = _start(read_tokenizer)
-        return Session(artifact, make_engine(artifact, threads), verification, read_tokenizer)
+        engine = make_engine(artifact, threads)
+        try:
+            return Session(artifact, engine, verification, read_tokenizer)
+        except BaseException:
+            engine.close()
+            raise
     except BaseException:
         verification.close()
         raise
@@ -69,6 +71,10 @@ class Session:
     """A loaded model and the sequence that it continues.
 
     One thread at a time may use a session; a second one is refused, not queued. ``with`` closes it.
+
+    Attributes:
+        artifact: what it runs.
+        adapters: the LoRA adapters that it runs with.
     """
 
     def __init__(
@@ -79,12 +85,13 @@ class Session:
         read_tokenizer: ReadTokenizer,
     ) -> None:
         self.artifact = artifact
-        self._engine = engine
         self._verification = verification
         self._read_tokenizer = read_tokenizer
         self._lock = threading.Lock()
         self._closed = False
-        self._cache = self._new_cache()
+        self._model = Model(artifact, engine, verification)
+        self._sequence = self._model.new_sequence()
+        self.adapters = SessionAdapters(artifact, engine, verification, self._using)
         self._stream: object = None  # whose turn it is to extend the sequence; None after any other use of it
 
     @cached_property
@@ -116,34 +123,36 @@ class Session:
     @property
     def engine(self) -> Engine[Any, Any]:
         """What runs the model's steps, for tools that measure it; it knows nothing of the session's sequence."""
-        return self._engine
+        return self._model.engine
 
     @property
     def position(self) -> int:
         """The number of tokens that the sequence holds."""
-        return self._cache.position
+        return self._sequence.position
 
     @property
     def context(self) -> int:
         """The most tokens that a sequence can hold."""
-        return self._engine.context
+        return self.engine.context
 
     @property
     def vocab_size(self) -> int:
         """The number of logits of a position."""
-        return self._engine.vocab_size
+        return self.engine.vocab_size
 
     def prefill(self, ids: Ids) -> Floats:
         """Append tokens to the sequence; returns the logits ``[vocab]`` after the last one.
+
+        They are read with the adapters that are on the stack now; those before them keep what they were read with.
 
         Raises:
             ContextError: they do not fit; the sequence is unchanged.
             SessionError: there are none, or one is not in the vocabulary; the sequence is unchanged.
         """
-        tokens = self._tokens(ids)
+        tokens = self._model.tokens(ids)
         with self._using():
             self._stream = None
-            last: Floats = self._extend(tokens).values[0, 0]
+            last: Floats = self._model.prefill(self._sequence, tokens, self.adapters.stack).values[0, 0]
             return last
 
     def decode(self, id: int) -> Floats:
@@ -153,22 +162,15 @@ class Session:
     def score(self, ids: Ids) -> Floats:
         """The logits ``[len(ids), vocab]`` after every token of a sequence of its own.
 
+        It is read with the adapters that are on the stack now.
+
         Raises:
             ContextError: the ids do not fit the context.
             SessionError: there are none, or one is not in the vocabulary.
         """
-        tokens = self._tokens(ids)
+        tokens = self._model.tokens(ids)
         with self._using():
-            self._check_room(len(tokens), 0)
-            logits = np.empty((len(tokens), self.vocab_size), np.float32)
-            cache = self._new_cache()
-            step = min(self._engine.max_step, max(1, _SCORE_LOGITS // self.vocab_size))
-            for start in range(0, len(tokens), step):
-                chunk = tokens[start : start + step]
-                rows = np.arange(len(chunk), dtype=np.int64)
-                logits[start : start + len(chunk)] = self._engine.step([cache], chunk[None], rows).values[0]
-            self._verification.wait()
-            return logits
+            return self._model.score(tokens, self.adapters.stack)
 
     def generate(
         self,
@@ -181,6 +183,8 @@ class Session:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        adapter: AdapterName | None = None,
+        scale: float = 1.0,
     ) -> Completion:
         """Generate text after a prompt, in a fresh sequence: what the session held before is dropped.
 
@@ -194,14 +198,28 @@ class Session:
             repetition_penalty: makes recent tokens less likely; 1 does nothing.
             seed: of the random numbers; None takes a fresh one.
             stop: strings that end the text; they are not part of it.
+            adapter: name or path of an adapter that takes the place of the session's stack for this text; see
+                :meth:`SessionAdapters.push`. Without one, each step runs with what is on the stack by then.
+            scale: of that adapter.
 
         Raises:
             ContextError: the prompt does not fit the context.
             OptionError: an option is out of range.
             SessionError: the prompt is empty, or holds a token that is not in the vocabulary.
+            RlxcError: the adapter cannot be used.
         """
         return self.stream(
-            prompt, max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
+            prompt,
+            max_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            stop,
+            adapter,
+            scale,
         ).completion()
 
     def stream(
@@ -215,14 +233,14 @@ class Session:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        adapter: AdapterName | None = None,
+        scale: float = 1.0,
     ) -> Stream:
         """As :meth:`generate`, piece by piece.
 
         A stream may be left at any point. Other use of the session's sequence ends it: its next piece raises
         SessionError.
         """
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
-            raise OptionError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
         sampler = Sampler(
             SamplingOptions(
                 temperature=temperature,
@@ -233,31 +251,64 @@ class Session:
                 seed=seed,
             )
         )
-        stops = StopMatcher(stop)
-        tokens = self._tokens(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        self._check_room(len(tokens), 0)
-        history: list[int] = []
+        tokens, text = self._begin(prompt, max_tokens, stop)
+        own_stack: Stack | None = None
+        if adapter is not None:
+            with self._using():
+                own_stack = self.adapters.stack_of([(adapter, scale)])
+        elif scale != 1.0:
+            raise OptionError("scale is that of an adapter", remedy="name the adapter as well")
+        history = tokens.tolist()
         turn = object()
 
-        def choose(ids: Sequence[int]) -> Choice:
+        def stack() -> Stack:
+            return self.adapters.stack if own_stack is None else own_stack
+
+        def start() -> Choice:
             with self._using():
-                if not history:
-                    self._restart(turn)
-                elif self._stream is not turn:
-                    raise SessionError("the session was put to other use, which ended this stream")
-                logits = self._extend(np.asarray(ids, np.int64))
-                history.extend(ids)
+                self._restart(turn)
+                logits = self._model.prefill(self._sequence, tokens, stack())
                 return sampler.sample(logits.row(0, 0), history)
 
-        return Stream(
-            tokens.tolist(),
-            choose=choose,
-            text=TextStream(self.tokenizer, continuation=True),
-            stops=stops,
-            eos_ids=self.tokenizer.eos_ids,
-            room=self.context - len(tokens),
-            max_tokens=max_tokens,
-        )
+        def choose(last: int) -> Choice:
+            with self._using():
+                if self._stream is not turn:
+                    raise SessionError("the session was put to other use, which ended this stream")
+                logits = self._model.decode([self._sequence], [last], [stack()])
+                history.append(last)
+                return sampler.sample(logits.row(0, 0), history)
+
+        return Stream(text, start=start, choose=choose)
+
+    def generate_batch(self, requests: Sequence[Request], max_batch: int = 8) -> list[Completion]:
+        """Generate several texts at once, each with its own prompt, adapters and options.
+
+        A step of the model gives every text a token. Where one ends, a request that waits takes its place: those for
+        the same adapters run together, but none waits for long (see :class:`AdapterScheduler`). Each text is what
+        :meth:`generate` makes of its request alone, up to the rounding of sums that are added in another order. The
+        session's own sequence stays as it is.
+
+        On TVM, texts share the reading of the weights. ONNX Runtime runs them one after the other within a step: there,
+        a batch takes as long as its texts alone.
+
+        Args:
+            requests: any number of them.
+            max_batch: how many texts are in work at once, each with a cache of its own; the engine may take fewer.
+
+        Returns:
+            A text for each request, in their order.
+
+        Raises:
+            ContextError: a prompt does not fit the context.
+            OptionError: an option is out of range.
+            RlxcError: as :meth:`generate`. Nothing has run if a request is refused, and the error names it.
+        """
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise OptionError(f"max_batch must be an integer, 1 or more, got {max_batch!r}")
+        with self._using():
+            jobs = [self._job(request, i) for i, request in enumerate(requests)]
+            run_batch(self._model, jobs, min(max_batch, self.engine.max_step))
+        return [job.completion() for job in jobs]
 
     def reset(self) -> None:
         """Start a new, empty sequence."""
@@ -271,7 +322,9 @@ class Session:
         with self._using():
             self._closed = True
         self._verification.close()
-        self._engine.close()
+        self.adapters.release()
+        self._sequence.release_adapters()
+        self.engine.close()
 
     def __enter__(self) -> Session:
         return self
@@ -299,58 +352,36 @@ class Session:
 
     def _restart(self, stream: object) -> None:
         self._stream = stream
-        if self._cache.position:
-            self._cache = self._new_cache()
+        if self._sequence.position:
+            self._sequence = self._model.new_sequence()
 
-    def _new_cache(self) -> Cache:
-        try:
-            cache: Cache = self._engine.new_cache()
-            return cache
-        except MemoryError as error:
-            plan = self.artifact.manifest.kv_cache
-            raise SessionError(
-                f"not enough memory for the cache of {plan.context} tokens",
-                source=self.artifact.path,
-                remedy="compile with a smaller --context",
-            ) from error
-
-    def _extend(self, tokens: npt.NDArray[np.int64]) -> StepLogits:
-        """Append to the sequence; returns the logits after the last token, as the only row."""
-        self._check_room(len(tokens), self._cache.position)
-        for start in range(0, len(tokens), self._engine.max_step):
-            chunk = tokens[start : start + self._engine.max_step]
-            is_last = start + len(chunk) == len(tokens)
-            rows = [len(chunk) - 1] if is_last else []  # logits cost as much as all layers together
-            logits = self._engine.step([self._cache], chunk[None], np.array(rows, np.int64))
-        self._verification.wait()
-        return logits
-
-    def _check_room(self, count: int, position: int) -> None:
-        if position + count <= self.context:
-            return
-        held = f" after the {position} that the session holds" if position else ""
-        raise ContextError(
-            f"{count} tokens{held} do not fit the context of {self.context}",
-            source=self.artifact.path,
-            remedy=f"use fewer, or compile with --context {position + count} or more",
+    def _begin(
+        self, prompt: str | Ids, max_tokens: int, stop: str | Sequence[str]
+    ) -> tuple[Tokens, GrowingText]:
+        """A prompt's tokens, and the text after it, which is still empty."""
+        stops = StopMatcher(stop)
+        tokens = self._model.tokens(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        self._model.check_room(len(tokens))
+        return tokens, GrowingText(
+            text=TextStream(self.tokenizer, continuation=True),
+            stops=stops,
+            eos_ids=self.tokenizer.eos_ids,
+            prompt_tokens=len(tokens),
+            context=self.context,
+            max_tokens=max_tokens,
         )
 
-    def _tokens(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """The ids as an array, checked against the vocabulary."""
+    def _job(self, request: Request, number: int) -> Job:
+        if not isinstance(request, Request):
+            raise OptionError(f"request {number} is {request!r}", remedy="make it a rlxc.runtime.Request")
         try:
-            array = np.asarray(ids)
-        except ValueError:  # lists of unequal length inside
-            array = np.empty((), object)
-        if array.shape == (0,):
-            raise SessionError("there are no tokens", remedy="give at least one")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise SessionError(
-                "token ids must be a flat list of integers", remedy="session.tokenizer.encode(text) gives one"
-            )
-        wrong = array[(array < 0) | (array >= self.vocab_size)]
-        if len(wrong):
-            raise SessionError(f"token {wrong[0]} is not in the vocabulary of {self.vocab_size}")
-        return array.astype(np.int64)
+            tokens, text = self._begin(request.prompt, request.max_tokens, request.stop)
+            adapters = request.adapters
+            stack = self.adapters.stack if adapters is None else self.adapters.stack_of(adapters)
+        except RlxcError as error:
+            problem = f"request {number}: {error.problem}"
+            raise type(error)(problem, source=error.source, remedy=error.remedy) from error
+        return Job(tokens, stack, Sampler(request.sampling), text)
 
 
 def _tokenizer_reader(artifact: Artifact) -> ReadTokenizer:

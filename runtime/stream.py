@@ -8,6 +8,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Literal
 
+from rlxc.errors import OptionError
 from rlxc.runtime.sampling import Choice
 from rlxc.runtime.tokenizer import StopMatcher, TextStream
 
@@ -39,7 +40,8 @@ class Completion:
         prompt_tokens: length of the prompt.
         stop_reason: why it ended.
         prefill_seconds: from the start to the first token, which comes out of the prompt's own steps.
-        decode_seconds: for the other ``len(ids) - 1`` tokens; time that the reader of a stream took is not in it.
+        decode_seconds: for the other ``len(ids) - 1`` tokens; time that the reader of a stream took is not in it. In a
+            batch, all of the steps that the text had a part in.
     """
 
     text: str
@@ -51,37 +53,92 @@ class Completion:
     decode_seconds: float
 
 
-class Stream(Iterator[Piece]):
-    """Iterates over the pieces of a text while it is generated; nothing runs before the first is asked for.
+class GrowingText:
+    """A text while its tokens come: the pieces that they make, and what ends it.
 
     Args:
-        prompt: token ids, at least one.
-        choose: appends ids to the sequence and returns the token that follows them.
         text: turns tokens into text.
         stops: finds stop strings in it.
         eos_ids: tokens that end the text.
-        room: how many tokens can follow the prompt in the context.
-        max_tokens: how many tokens to generate at most.
+        prompt_tokens: length of the prompt.
+        context: how many tokens prompt and text can have together.
+        max_tokens: how many tokens there are at most; with 0, the text ends before it begins.
+
+    Raises:
+        OptionError: ``max_tokens`` is no integer, 0 or more.
     """
 
     def __init__(
         self,
-        prompt: Sequence[int],
         *,
-        choose: Callable[[Sequence[int]], Choice],
         text: TextStream,
         stops: StopMatcher,
         eos_ids: Sequence[int],
-        room: int,
+        prompt_tokens: int,
+        context: int,
         max_tokens: int,
     ) -> None:
-        self._choose, self._text, self._stops, self._eos_ids = choose, text, stops, eos_ids
-        self._room, self._max_tokens = room, max_tokens
-        self._produced: list[Piece] = []
-        self._stop_reason: StopReason = "closed"
-        self._prompt_tokens = len(prompt)
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
+            raise OptionError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
+        self._text, self._stops, self._eos_ids = text, stops, eos_ids
+        self._prompt_tokens, self._room, self._max_tokens = prompt_tokens, context - prompt_tokens, max_tokens
+        self._pieces: list[Piece] = []
+        self._stop_reason: StopReason = "length" if max_tokens == 0 else "closed"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more tokens may come."""
+        return self._stop_reason != "closed"
+
+    def add(self, choice: Choice) -> Piece:
+        """The piece that the next token makes."""
+        count = len(self._pieces) + 1
+        shown, stopped = "", False
+        if choice.id in self._eos_ids:
+            self._stop_reason = "eos"
+        else:
+            shown, stopped = self._stops.push(self._text.push(choice.id))
+            if stopped:
+                self._stop_reason = "stop"
+            elif count == self._max_tokens:
+                self._stop_reason = "length"
+            elif count > self._room:
+                self._stop_reason = "context"
+        if self.has_ended and not stopped:  # no more will come: show what was held back
+            rest, _ = self._stops.push(self._text.flush())
+            shown += rest + self._stops.flush()
+        piece = Piece(shown, choice.id, choice.logprob)
+        self._pieces.append(piece)
+        return piece
+
+    def completion(self, prefill_seconds: float, decode_seconds: float) -> Completion:
+        """All pieces as one; a text that has not ended counts as closed."""
+        return Completion(
+            text="".join(piece.text for piece in self._pieces),
+            ids=[piece.id for piece in self._pieces],
+            logprobs=[piece.logprob for piece in self._pieces],
+            prompt_tokens=self._prompt_tokens,
+            stop_reason=self._stop_reason,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
+        )
+
+
+class Stream(Iterator[Piece]):
+    """Iterates over the pieces of a text while it is generated; nothing runs before the first is asked for.
+
+    Args:
+        text: the text, of which there is nothing yet.
+        start: reads the prompt and returns the token that follows it.
+        choose: appends a token to the sequence and returns the one that follows it.
+    """
+
+    def __init__(
+        self, text: GrowingText, *, start: Callable[[], Choice], choose: Callable[[int], Choice]
+    ) -> None:
+        self._text, self._start, self._choose = text, start, choose
         self._prefill_seconds = self._decode_seconds = 0.0
-        self._pieces = self._generate(prompt)
+        self._pieces = self._generate()
 
     def __next__(self) -> Piece:
         return next(self._pieces)
@@ -90,15 +147,7 @@ class Stream(Iterator[Piece]):
         """Run to the end, and return all pieces as one, those read before included."""
         for _ in self:
             pass
-        return Completion(
-            text="".join(piece.text for piece in self._produced),
-            ids=[piece.id for piece in self._produced],
-            logprobs=[piece.logprob for piece in self._produced],
-            prompt_tokens=self._prompt_tokens,
-            stop_reason=self._stop_reason,
-            prefill_seconds=self._prefill_seconds,
-            decode_seconds=self._decode_seconds,
-        )
+        return self._text.completion(self._prefill_seconds, self._decode_seconds)
 
     def close(self) -> None:
         """End the text here."""
@@ -112,41 +161,15 @@ class Stream(Iterator[Piece]):
     ) -> None:
         self.close()
 
-    def _generate(self, ids: Sequence[int]) -> Generator[Piece, None, None]:
-        if self._max_tokens == 0:
-            self._stop_reason = "length"
+    def _generate(self) -> Generator[Piece, None, None]:
+        if self._text.has_ended:
             return
-        ended = False
-        while not ended:
+        started = perf_counter()
+        choice = self._start()
+        self._prefill_seconds = perf_counter() - started
+        yield self._text.add(choice)
+        while not self._text.has_ended:
             started = perf_counter()
-            choice = self._choose(ids)
-            seconds = perf_counter() - started
-            if self._produced:
-                self._decode_seconds += seconds
-            else:
-                self._prefill_seconds = seconds
-            piece, ended = self._accept(choice)
-            self._produced.append(piece)
-            yield piece
-            ids = [choice.id]
-
-    def _accept(self, choice: Choice) -> tuple[Piece, bool]:
-        """The piece that a token makes, and whether it is the last one."""
-        count = len(self._produced) + 1
-        shown, stopped, ended = "", False, True
-        if choice.id in self._eos_ids:
-            self._stop_reason = "eos"
-        else:
-            shown, stopped = self._stops.push(self._text.push(choice.id))
-            if stopped:
-                self._stop_reason = "stop"
-            elif count == self._max_tokens:
-                self._stop_reason = "length"
-            elif count > self._room:
-                self._stop_reason = "context"
-            else:
-                ended = False
-        if ended and not stopped:  # no more will come: show what was held back
-            rest, _ = self._stops.push(self._text.flush())
-            shown += rest + self._stops.flush()
-        return Piece(shown, choice.id, choice.logprob), ended
+            choice = self._choose(choice.id)
+            self._decode_seconds += perf_counter() - started
+            yield self._text.add(choice)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlxc.artifact import KvPlan, Manifest, ModelFacts, Options, TargetFacts, TokenizerFacts, WeightEntry
-from rlxc.cli.bench import KernelTime, _kernel_times, bytes_per_token, streaming_bandwidth
+from rlxc.cli.measuring import KernelTime, _kernel_times, bytes_per_token, streaming_bandwidth
 from rlxc.dtypes import DType
 
 CALLS = [

@@ -135,11 +135,12 @@ def _yarn(scaling: Keys, original: int, context: int) -> dict[str, int | float |
     factor = _factor(scaling, context / original)
     scaling.only("truncate", True)
     scaling.only("finetuned", True, False)  # tells how the model came about, nothing else
-    usual = _magnitude(factor)
-    magnitude = usual
-    if scaling.has("mscale") and scaling.has("mscale_all_dim"):
-        every_dim = scaling.number("mscale_all_dim")
-        magnitude = _magnitude(factor, scaling.number("mscale")) / _magnitude(factor, every_dim)
+    usual = magnitude = _magnitude(factor)
+    one_dim, every_dim = (
+        scaling.number(key) if scaling.has(key) else 0 for key in ("mscale", "mscale_all_dim")
+    )
+    if one_dim and every_dim:  # one alone is without effect
+        magnitude = _magnitude(factor, one_dim) / _magnitude(factor, every_dim)
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,

@@ -21,14 +21,16 @@ from rlxc.artifact import Artifact, KvPlan
 from rlxc.dtypes import DType
 from rlxc.errors import ArtifactError, SessionError
 from rlxc.runtime.cpu import choose_library
+from rlxc.runtime.engines import Mix, Pairs
+from rlxc.runtime.engines.memory import align, aligned, private_memory
 from rlxc.runtime.engines.pool import pool_of
-from rlxc.runtime.logits import Floats, StepLogits, block_count
+from rlxc.runtime.engines.tvm_adapters import Stacks, TvmAdapter
+from rlxc.runtime.logits import StepLogits, block_count
 
 Int64s = npt.NDArray[np.int64]
 
 WEIGHTS = "weights.safetensors"
 _STEP = "rlxc_step"
-_ALIGNMENT = 64
 _ELEMENT_BYTES = {DType.F32: 4, DType.F16: 2}
 
 
@@ -37,8 +39,8 @@ class TvmCache:
 
     def __init__(self, plan: KvPlan) -> None:
         self.position = 0
-        size = sum(2 * _align(_cache_bytes(layer)) for layer in plan.layers)
-        self._memory = _private_memory(size)
+        size = sum(2 * align(_cache_bytes(layer)) for layer in plan.layers)
+        self._memory = private_memory(size)
         self.address = self._memory.ctypes.data
 
 
@@ -64,9 +66,11 @@ class TvmEngine:
         self._threads = threads
         pool_of(threads)
         self._weights = _map_tensors(artifact.file(WEIGHTS))
-        self._workspace = _private_memory(library.workspace)
+        self._workspace = private_memory(library.workspace)
         self.ticks: Int64s = np.zeros(library.calls + 1, np.int64)
         self._anchor = self._workspace[:1]
+        self._lora = manifest.lora
+        self._stacks = Stacks(manifest.lora, self._anchor.ctypes.data)
         self._module, self._step = _load_object(artifact.file(library.file))
         self._fixed = [tvm_ffi.from_dlpack(array) for array in (self._weights, self._workspace, self._anchor)]
 
@@ -74,13 +78,36 @@ class TvmEngine:
         """Memory for one sequence."""
         return TvmCache(self._plan)
 
-    def step(self, caches: Sequence[TvmCache], ids: Int64s, rows: Int64s) -> StepLogits:
-        """Run tokens ``[B, S]`` after those that each cache holds, in one call."""
+    def prepare(self, pairs: Pairs) -> TvmAdapter:
+        """An adapter's memory.
+
+        Raises:
+            SessionError: the artifact takes no adapters, or not for one of the matrices; or a number is too large.
+        """
+        if self._lora is None:
+            raise SessionError(
+                "the artifact takes no adapters", remedy="compile the model with one, or for some"
+            )
+        return TvmAdapter(self._lora, pairs)
+
+    def step(
+        self,
+        caches: Sequence[TvmCache],
+        ids: Int64s,
+        rows: Int64s,
+        mixes: Sequence[Mix[TvmAdapter]] = (),
+    ) -> StepLogits:
+        """Run tokens ``[B, S]`` after those that each cache holds, in one call.
+
+        Raises:
+            SessionError: stacks do not fit the sequences, the model or the room that there is for them.
+        """
         sequences, step = ids.shape
         count, blocks, anchor = len(rows), block_count(self.vocab_size), self._anchor.ctypes.data
         values, maxima, sums = (
-            _aligned(sequences, count, width) for width in (self.vocab_size, blocks, blocks)
+            aligned(sequences, count, width) for width in (self.vocab_size, blocks, blocks)
         )
+        stacks = self._stacks.tensors(sequences, mixes)
         tensors: tuple[npt.NDArray[Any], ...] = (
             np.array([cache.address - anchor for cache in caches], np.int64),
             np.array([cache.position for cache in caches], np.int32),
@@ -93,7 +120,7 @@ class TvmEngine:
         passed = [tvm_ffi.from_dlpack(array if array.size else np.zeros(1, array.dtype)) for array in tensors]
 
         def run() -> None:
-            self._step(*self._fixed, *passed, sequences, step, count)
+            self._step(*self._fixed, *stacks, *passed, sequences, step, count)
             for cache in caches:
                 cache.position += step
 
@@ -103,23 +130,6 @@ class TvmEngine:
     def close(self) -> None:
         """Release the model's memory."""
         del self._step, self._module, self._fixed, self._weights
-
-
-def _private_memory(size: int) -> npt.NDArray[np.int8]:
-    """Zeros, which a forked process has to itself: by default, such a mapping is shared with it."""
-    return np.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), np.int8)
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _aligned(*shape: int) -> Floats:
-    """An array that begins where kernels may expect it to."""
-    size = 4 * int(np.prod(shape))
-    memory = np.empty(size + _ALIGNMENT, np.int8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(np.float32).reshape(shape)
 
 
 def _map_tensors(path: Path) -> npt.NDArray[np.int8]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from rlxc.artifact import (
     BackendName,
     KvLayer,
     KvPlan,
+    LoraPlan,
     Manifest,
     ModelFacts,
     Options,
@@ -30,14 +31,16 @@ from rlxc.artifact import (
 )
 from rlxc.backends import BuildOptions, get_backend
 from rlxc.backends.onnx import OnnxBackend
+from rlxc.backends.recipes import Losses
 from rlxc.dtypes import DType
 from rlxc.ir import Graph, interp, parse
 from rlxc.ir.ops import GroupQueryAttention
-from rlxc.runtime.engines import Engine, find_engine
+from rlxc.runtime.engines import Engine, Mix, find_engine
 
 # What the tests of all backends share lies beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from random_adapters import Stack, split_graph, stack_feeds
 from random_tensors import RandomTensors
 
 Array = npt.NDArray[Any]
@@ -83,6 +86,7 @@ class Built:
     graph: Graph
     tensors: RandomTensors
     folder: Path
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -131,7 +135,8 @@ def build(tmp_path: Path) -> Build:
         built.folder.mkdir()
         options = BuildOptions(activations, context, max_step=context, target="native")
         read = built.tensors.packed.__getitem__
-        OnnxBackend().build(graph, read, FolderWriter(built.folder), options, lambda name: None)
+        writer = FolderWriter(built.folder)
+        OnnxBackend().build(graph, read, writer, options, lambda name: None, built.losses)
         return built
 
     return build_
@@ -147,30 +152,39 @@ class Loaded:
     graph: Graph
     tensors: RandomTensors
     artifact: Artifact
-    engine: Engine[Any]
+    engine: Engine[Any, Any]
+    plan: LoraPlan | None
 
-    def step(self, cache: Any, ids: Sequence[int], rows: Sequence[int] | None = None) -> Array:
+    def step(
+        self, cache: Any, ids: Sequence[int], rows: Sequence[int] | None = None, mix: Mix[Any] = ()
+    ) -> Array:
         """The logits of these rows, of all by default."""
-        return self.step_together([cache], [ids], rows)[0]
+        return self.step_together([cache], [ids], rows, [mix])[0]
 
     def step_together(
-        self, caches: Sequence[Any], ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None
+        self,
+        caches: Sequence[Any],
+        ids: Sequence[Sequence[int]],
+        rows: Sequence[int] | None = None,
+        mixes: Sequence[Mix[Any]] = (),
     ) -> Array:
         """The logits ``[B, R, vocab]`` of a step of several sequences."""
         wanted = np.arange(len(ids[0])) if rows is None else np.array(rows, np.int64)
-        return self.engine.step(caches, np.array(ids, np.int64), wanted).values
+        return self.engine.step(caches, np.array(ids, np.int64), wanted, mixes).values
 
-    def run(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> Array:
+    def run(self, ids: Sequence[int], rows: Sequence[int] | None = None, mix: Mix[Any] = ()) -> Array:
         """The logits of a sequence's first tokens."""
-        return self.step(self.engine.new_cache(), ids, rows)
+        return self.step(self.engine.new_cache(), ids, rows, mix)
 
-    def interpret(self, ids: Sequence[int]) -> Array:
+    def interpret(self, ids: Sequence[int], stack: Stack = ()) -> Array:
         """The oracle's logits of a sequence's first tokens."""
         feeds: dict[str, Array] = {"input_ids": np.array([ids]), "logit_rows": np.arange(len(ids))}
         for value in self.graph.inputs:
-            if len(value.type.shape) == 4:
+            if value.name.startswith("past_key_values"):
                 feeds[value.name] = np.zeros((1, *map(int, value.type.shape[1:])), np.float32)
         feeds["past_length"] = np.array(0, np.int32)
+        if self.plan is not None:
+            feeds |= stack_feeds(self.plan, [stack])
         feeds = {value.name: feeds[value.name] for value in self.graph.inputs}
         return interp.run(self.graph, feeds, self.tensors.decoded.__getitem__)["logits"][0]
 
@@ -180,16 +194,23 @@ Load = Callable[..., Loaded]
 
 @pytest.fixture(scope="session")
 def load_graph(backend: BackendName, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
-    """``load_graph(ir_text, activations="float32")``, once on each backend, with steps of up to 16 tokens."""
+    """``load_graph(ir_text, activations="float32", lora=())``, once on each backend, with steps of up to 16 tokens.
+
+    ``lora`` names the matrices that take adapters.
+    """
     folder = tmp_path_factory.mktemp("graphs")
     loaded: list[Loaded] = []
 
     @cache
-    def load(text: str, activations: Any = "float32") -> Loaded:
+    def load(text: str, activations: Any = "float32", lora: tuple[str, ...] = ()) -> Loaded:
         graph, made = parse(text), get_backend(backend)
+        lora_plan = None
+        if lora:
+            dtype = made.features.rounded_lora if activations == "int8" else DType.F32
+            graph, lora_plan = split_graph(graph, lora, dtype)
         plan = _plan(graph)
         tensors = RandomTensors(graph, seed=0)
-        options = BuildOptions(activations, plan.context, plan.max_step, target="native")
+        options = BuildOptions(activations, plan.context, plan.max_step, target="native", lora=lora_plan)
         with ArtifactWriter(folder / f"{len(loaded)}.rlx") as writer:
             read = tensors.packed.__getitem__
             libraries = made.build(graph, read, writer, options, lambda name: None)
@@ -202,10 +223,11 @@ def load_graph(backend: BackendName, tmp_path_factory: pytest.TempPathFactory) -
                 kv_cache=plan,
                 tokenizer=TokenizerFacts(None, (), add_bos=False, add_eos=False),
                 weights=(),
+                lora=lora_plan,
             )
             artifact = writer.commit(manifest)
         engine = find_engine(artifact, artifact.start_verification())(artifact, 1)
-        loaded.append(Loaded(graph, tensors, artifact, engine))
+        loaded.append(Loaded(graph, tensors, artifact, engine, lora_plan))
         return loaded[-1]
 
     yield load

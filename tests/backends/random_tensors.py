@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.dtypes import DType
-from rlxc.ir import Concat, Graph, Source
+from rlxc.ir import Concat, Encode, Fold, Graph, Source
 from rlxc.weights.formats import FORMATS
 
 
@@ -20,8 +20,13 @@ class RandomTensors:
         pending = list(graph.weights)
         while pending:
             weight = pending.pop()
-            if isinstance(weight.recipe, Concat):
-                pending += weight.recipe.parts
+            match weight.recipe:
+                case Concat(parts):
+                    pending += parts
+                case Encode(part):
+                    pending.append(part)
+                case Fold() as fold:
+                    pending += fold.parts
             if not isinstance(weight.recipe, Source):
                 continue
             shape = tuple(map(int, weight.type.shape))
@@ -33,7 +38,7 @@ class RandomTensors:
 
 
 def random_bytes(dtype: DType, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Any codes and sub-scales, but f16 scales and minimums of a sane size."""
+    """Any codes and sub-scales, but floating-point scales and minimums of a sane size."""
     fmt = FORMATS[dtype]
     if fmt.is_float:
         values = (0.1 * rng.standard_normal(shape)).astype(np.float32)
@@ -43,6 +48,6 @@ def random_bytes(dtype: DType, shape: tuple[int, ...], rng: np.random.Generator)
     blocks = rng.integers(0, 256, (shape[0] * shape[1] // fmt.block_size, fmt.block_bytes), dtype=np.uint8)
     for scale in (fmt.scale, fmt.minimum):
         if scale is not None:
-            size = rng.uniform(0.0005, 0.002, (len(blocks), 1)).astype(np.float16)
-            blocks[:, scale.offset : scale.offset + 2] = size.view(np.uint8)
+            size = rng.uniform(0.0005, 0.002, (len(blocks), 1)).astype(scale.base)
+            blocks[:, scale.offset : scale.offset + scale.base.itemsize] = size.view(np.uint8)
     return blocks.ravel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -15,6 +16,8 @@ from rlxc.weights.formats import FORMATS
 
 Build = Callable[..., Any]
 PACKED = [dtype for dtype in DType if dtype.is_packed]
+CODEBOOKS = [dtype for dtype in PACKED if FORMATS[dtype].codebook]
+INTEGERS = [dtype for dtype in PACKED if dtype not in CODEBOOKS]
 FLOATS = [DType.F32, DType.F16, DType.BF16]
 WITH_MINS = [dtype for dtype in PACKED if FORMATS[dtype].has_mins]
 IN, OUT = 512, 48
@@ -74,7 +77,7 @@ def test_product_with_a_float_weight_equals_the_interpreter(build: Build, dtype:
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_int8_product_is_close_to_the_interpreter(build: Build, dtype: DType, tokens: int) -> None:
     built = build(LINEAR.format(dtype=dtype, op="DequantMatMul"), activations="int8")
     x = activations(tokens)
@@ -84,6 +87,39 @@ def test_int8_product_is_close_to_the_interpreter(build: Build, dtype: DType, to
     assert 1e-5 < root_mean_square < 0.008
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("dtype", CODEBOOKS)
+def test_product_with_a_codebook_is_exact_whatever_the_activations(
+    build: Build, dtype: DType, tokens: int
+) -> None:
+    built = build(LINEAR.format(dtype=dtype, op="DequantMatMul"), activations="int8")
+    x = activations(tokens)
+    assert relative_error(built.run({"x": x})["y"], built.interpret({"x": x})["y"]) < 3e-5
+
+
+@pytest.mark.parametrize("dtype", CODEBOOKS)
+def test_every_code_of_a_codebook_is_multiplied_to_the_bit(build: Build, dtype: DType) -> None:
+    built = build(LINEAR.format(dtype=dtype, op="DequantMatMul"))
+    assert len(np.unique(built.region("w.codes"))) == 256
+    # Rows of the identity: each sum has one term that is not zero.
+    y = built.run({"x": np.eye(IN, dtype=np.float32)[None]})["y"]
+    np.testing.assert_array_equal(y[0].T, built.tensors.decoded["w"])
+
+
+@pytest.mark.parametrize("dtype", CODEBOOKS)
+def test_codes_of_a_codebook_are_the_file_s_bytes(build: Build, dtype: DType) -> None:
+    built = build(TIED.format(dtype=dtype))
+    blocks = built.tensors.packed["w"].reshape(-1, 36)
+    np.testing.assert_array_equal(built.region("w.codes"), blocks[:, 4:].ravel())
+    np.testing.assert_array_equal(built.region("w.table").ravel(), blocks[:, 4:].ravel())
+    np.testing.assert_array_equal(built.region("w.scales"), blocks[:, :4].copy().view(np.float32).ravel())
+
+
+def test_scale_that_a_block_shares_is_stored_once(build: Build) -> None:
+    built = build(LINEAR.format(dtype="int4", op="DequantMatMul"))
+    assert built.region("w.scales").shape == (OUT, IN // 64)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, *PACKED])
 def test_embedding_equals_the_decoded_rows_bit_for_bit(build: Build, dtype: DType) -> None:
     built = build(EMBED.format(dtype=dtype))
@@ -91,7 +127,7 @@ def test_embedding_equals_the_decoded_rows_bit_for_bit(build: Build, dtype: DTyp
     np.testing.assert_array_equal(built.run({"ids": ids})["y"], built.tensors.decoded["w"][ids])
 
 
-@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_stored_parts_decode_to_the_file_s_weights_bit_for_bit(build: Build, dtype: DType) -> None:
     built = build(EMBED.format(dtype=dtype))
     names = {tensor.name for tensor in built.model.graph.initializer}
@@ -111,7 +147,7 @@ def test_stored_parts_decode_to_the_file_s_weights_bit_for_bit(build: Build, dty
     np.testing.assert_array_equal(weights.reshape(OUT, IN), built.tensors.decoded["w"])
 
 
-@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_product_reads_the_same_stored_parts(build: Build, dtype: DType) -> None:
     linear = build(LINEAR.format(dtype=dtype, op="DequantMatMul"), folder="linear")
     embed = build(EMBED.format(dtype=dtype), folder="embed")
@@ -121,7 +157,7 @@ def test_product_reads_the_same_stored_parts(build: Build, dtype: DType) -> None
         np.testing.assert_array_equal(linear.region("w.mins"), embed.region("w.mins"))
 
 
-@pytest.mark.parametrize("dtype", [DType.Q8_0, DType.Q4_K, DType.Q6_K])
+@pytest.mark.parametrize("dtype", [DType.Q8_0, DType.Q4_K, DType.Q6_K, DType.NF4])
 def test_tied_table_is_stored_once(build: Build, dtype: DType) -> None:
     built = build(TIED.format(dtype=dtype))
     places = {}
@@ -141,7 +177,7 @@ def test_tied_table_serves_both_uses(build: Build, dtype: DType) -> None:
     assert relative_error(results["y"], expected["y"]) < 3e-5
 
 
-@pytest.mark.parametrize("dtype", [DType.Q8_0, DType.Q4_0, DType.Q4_1, DType.Q5_K])
+@pytest.mark.parametrize("dtype", [DType.Q8_0, DType.Q4_0, DType.Q4_1, DType.Q5_K, DType.NF4])
 def test_bias_is_added(build: Build, dtype: DType) -> None:
     text = LINEAR.format(dtype=dtype, op="DequantMatMul").replace("@w)", "@w, @b)")
     built = build(text.replace("%y =", f"weight @b: f32[{OUT}]\n%y ="))
@@ -166,6 +202,8 @@ def test_bias_is_added_to_a_float_product(build: Build, dtype: DType) -> None:
         (DType.Q8_0, DType.Q8_0, DType.Q5_0),
         (DType.Q4_K, DType.Q4_K, DType.Q4_K),
         (DType.Q6_K, DType.Q6_K, DType.Q6_K),
+        (DType.NF4, DType.NF4, DType.NF4),
+        (DType.INT4, DType.INT4, DType.INT4),
     ],
 )
 def test_concatenated_weights_keep_every_part_exact(
@@ -184,6 +222,28 @@ def test_concatenated_float_weights_keep_their_order(build: Build) -> None:
     built = build(text)
     expected = np.concatenate([built.tensors.decoded["a"], built.tensors.decoded["b"]])
     np.testing.assert_array_equal(built.run({"ids": np.arange(OUT)[None]})["y"][0], expected)
+
+
+def test_stack_of_an_encoded_and_a_given_part_widens_both(build: Build) -> None:
+    parts = f"concat(@a: q4_0[16, {IN}] = encode(@x: f32[16, {IN}]), @b: q8_0[{OUT - 16}, {IN}])"
+    built = build(EMBED.format(dtype="q8_0").replace(f"[{OUT}, {IN}]\n", f"[{OUT}, {IN}] = {parts}\n"))
+    encoded = gguf.quantize(built.tensors.decoded["x"], gguf.GGMLQuantizationType.Q4_0)
+    first = gguf.dequantize(encoded, gguf.GGMLQuantizationType.Q4_0)
+    expected = np.concatenate([first, built.tensors.decoded["b"]])
+    np.testing.assert_array_equal(built.run({"ids": np.arange(OUT)[None]})["y"][0], expected)
+
+
+def test_folded_weight_multiplies_as_the_interpreter_says(build: Build) -> None:
+    fold = f"fold(@base: q4_k[{OUT}, {IN}], @a: f32[4, {IN}], @b: f32[{OUT}, 4], 2.0)"
+    text = LINEAR.format(dtype="f32", op="MatMul").replace(f"[{OUT}, {IN}]\n", f"[{OUT}, {IN}] = {fold}\n")
+    built, x = build(text), activations(3)
+    assert relative_error(built.run({"x": x})["y"], built.interpret({"x": x})["y"]) < 3e-5
+
+
+def test_losses_of_encoded_weights_are_told(build: Build) -> None:
+    built = build(EMBED.format(dtype="q8_0").replace("\n%y", f" = encode(@x: f32[{OUT}, {IN}])\n%y"))
+    # Half a step of a 127th of a block's largest value, which is about 2 standard deviations.
+    assert 0.003 < built.losses.by_weight["w"].relative < 0.01
 
 
 def test_narrow_weight_that_is_read_twice_is_cast_once(build: Build) -> None:
@@ -214,7 +274,7 @@ def test_weights_start_on_pages(build: Build) -> None:
     assert [offset % PAGE for offset in offsets] == [0] * len(offsets)
 
 
-@pytest.mark.parametrize("dtype", [DType.Q4_K, DType.Q8_0, DType.Q2_K])
+@pytest.mark.parametrize("dtype", [DType.Q4_K, DType.Q8_0, DType.Q2_K, DType.NF4])
 def test_rows_unpacked_in_pieces_are_the_same(
     build: Build, dtype: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

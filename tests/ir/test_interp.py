@@ -258,6 +258,87 @@ def test_weights_follow_their_recipes() -> None:
     assert result["y"].tolist() == [[21, 43, 65]]
 
 
+def test_folded_weights_follow_their_recipes() -> None:
+    graph = parse(
+        """
+        graph folds
+        input %x: f32[1, 1, 2]
+        weight @w: f32[3, 2] = fold(@base: f32[3, 2], @a: f32[1, 2], @b: f32[3, 1], 0.5)
+        weight @d: q8_0[3, 2] = encode(@f: f32[3, 2] = fold(@base: f32[3, 2], {rest}, 0.5))
+        weight @t: f32[3, 2] = fold_transposed(@base: f32[3, 2], @ta: f32[1, 3], @tb: f32[2, 1], -1.0)
+        %y = MatMul(%x, @w)
+        %z = DequantMatMul(%x, @d)
+        %e = MatMul(%x, @t)
+        output %y
+        output %z
+        output %e
+        """.replace("{rest}", "@a: f32[1, 2], @b: f32[3, 1], @m: f32[3]")
+    )
+    tensors = {
+        "base": [[3, 0], [0, 1], [1, 1]],
+        "a": [[2, 8]],
+        "b": [[0], [1], [-1]],
+        "m": [6, 13, 0],
+        "ta": [[1, 2, 3]],
+        "tb": [[1], [10]],
+    }
+    x = np.array([[[1.0, 10.0]]])
+    result = run(graph, {"x": x}, lambda name: np.array(tensors[name], np.float32))
+    # Half of b a is [[0, 0], [1, 4], [-1, -4]]; the folded rows [3, 0], [1, 5] and [0, -3].
+    assert result["y"].tolist() == [[[3, 51, -30]]]
+    # The same rows at the lengths 6, 13 and 0: [6, 0], [1, 5] * 13 / sqrt(26) and [0, 0].
+    assert_close(result["z"], [[[6, 51 * 13 / math.sqrt(26), 0]]])
+    # base - [[1, 10], [2, 20], [3, 30]].
+    assert result["e"].tolist() == [[[2 - 100, -2 - 190, -2 - 290]]]
+
+
+def test_lora_follows_its_definition() -> None:
+    x, weight, bias = normal(2, 3, 8), normal(5, 8, seed=1), normal(5, seed=2)
+    a, b, scales = normal(2, 3, 4, 8, seed=3), normal(2, 5, 4, seed=4), normal(2, 4, seed=5)
+    (u,) = evaluate(ops.LoraDown(), [x, a, scales])
+    (y,) = evaluate(ops.LoraMatMul((3, 2), first=1), [x, weight, bias, u, b])
+    for batch, token in np.ndindex(2, 3):
+        for row in range(5):
+            part = 1 if row < 3 else 2
+            delta = 0.0
+            for rank in range(4):
+                narrow = sum(a[batch, part, rank, i] * x[batch, token, i] for i in range(8))
+                assert_close(u[batch, token, part, rank], scales[batch, rank] * narrow)
+                delta += b[batch, row, rank] * scales[batch, rank] * narrow
+            base = sum(weight[row, i] * x[batch, token, i] for i in range(8)) + bias[row]
+            assert_close(y[batch, token, row], base + delta)
+
+
+def test_lora_without_bias_leaves_its_inputs_as_they_were() -> None:
+    x, weight, u, b = (
+        normal(1, 2, 8),
+        normal(5, 8, seed=1),
+        normal(1, 2, 1, 4, seed=3),
+        normal(1, 5, 4, seed=4),
+    )
+    (y,) = evaluate(ops.LoraMatMul((5,)), [x, weight, u, b])
+    assert_close(y, x @ weight.T + u[:, :, 0] @ b[0].T)
+    np.testing.assert_array_equal(u, normal(1, 2, 1, 4, seed=3))
+
+
+def test_embedding_with_lora_follows_its_definition() -> None:
+    x, ids = normal(2, 3, 6), np.array([[0, 8, 3], [3, 3, 1]])
+    a, b, scales = normal(2, 9, 4, seed=1), normal(2, 6, 4, seed=2), normal(2, 4, seed=3)
+    (y,) = evaluate(ops.LoraEmbed(), [x, ids, a, scales, b])
+    for batch, token, column in np.ndindex(2, 3, 6):
+        row = a[batch, ids[batch, token]]
+        delta = sum(scales[batch, rank] * row[rank] * b[batch, column, rank] for rank in range(4))
+        assert_close(y[batch, token, column], x[batch, token, column] + delta)
+
+
+def test_ranks_of_zeros_change_nothing() -> None:
+    x, weight = normal(1, 2, 8), normal(5, 8, seed=1)
+    for rank in (0, 3):
+        u, b = np.zeros((1, 2, 1, rank)), normal(1, 5, rank, seed=2)
+        (y,) = evaluate(ops.LoraMatMul((5,)), [x, weight, u, b])
+        np.testing.assert_array_equal(y, x @ weight.T)
+
+
 def test_missing_input_is_an_error() -> None:
     graph = parse("graph g\ninput %x: f32[2]\n%y = Silu(%x)\noutput %y")
     with pytest.raises(GraphError, match="no array for input %x"):

@@ -25,6 +25,7 @@ def types(text: str) -> tuple[TensorType, ...]:
 X = "f32[B, S, 8]"
 CACHE = "f32[B, 2, past, 4]"
 BUFFER = "f32[B, 2, 64, 4]"
+U = "f32[B, S, 3, R]"
 
 ACCEPTED = [
     (ops.Constant(1.0), "", "f32[]"),
@@ -53,6 +54,15 @@ ACCEPTED = [
     (ops.Glu("silu"), X, "f32[B, S, 4]"),
     (ops.Glu("gelu"), X, "f32[B, S, 4]"),
     (ops.SelectRows(), f"{X} i64[R]", "f32[B, R, 8]"),
+    (ops.LoraDown(), f"{X} f32[B, 3, R, 8] f32[B, R]", U),
+    (ops.LoraMatMul((5,)), f"{X} f16[5, 8] {U} f32[B, 5, R]", "f32[B, S, 5]"),
+    (ops.LoraMatMul((4, 1), first=1), f"{X} f32[5, 8] f32[5] {U} f32[B, 5, R]", "f32[B, S, 5]"),
+    (
+        ops.LoraMatMul((2, 3)),
+        "f32[B, S, 256] q4_k[5, 256] f32[B, S, 2, 16] f32[B, 5, 16]",
+        "f32[B, S, 5]",
+    ),
+    (ops.LoraEmbed(), f"{X} i64[B, S] f32[B, 99, R] f32[B, R] f32[B, 8, R]", X),
     (ops.Positions(), "i64[B, S] i32[]", "i64[B, S]"),
     (ops.Positions(), f"i64[B, S] {CACHE}", "i64[B, S]"),
     (ops.Rope(2, ROPE), f"{X} i64[B, S]", X),
@@ -111,6 +121,43 @@ REFUSED = {
     "rows that are floats": (ops.SelectRows(), f"{X} f32[R]"),
     "rows of a batch": (ops.SelectRows(), f"{X} i64[B, R]"),
     "rows of a matrix": (ops.SelectRows(), "f32[S, 8] i64[R]"),
+    "LoRA: an A of other columns": (ops.LoraDown(), f"{X} f32[B, 3, R, 9] f32[B, R]"),
+    "LoRA: an A of another batch": (ops.LoraDown(), f"{X} f32[C, 3, R, 8] f32[C, R]"),
+    "LoRA: an A in f16": (ops.LoraDown(), f"{X} f16[B, 3, R, 8] f32[B, R]"),
+    "LoRA: an A of one sequence": (ops.LoraDown(), f"{X} f32[3, R, 8] f32[B, R]"),
+    "LoRA: an unknown number of parts": (ops.LoraDown(), f"{X} f32[B, P, R, 8] f32[B, R]"),
+    "LoRA: scales of another rank": (ops.LoraDown(), f"{X} f32[B, 3, R, 8] f32[B, Q]"),
+    "LoRA: scales of one sequence": (ops.LoraDown(), f"{X} f32[B, 3, R, 8] f32[R]"),
+    "LoRA: x without tokens": (ops.LoraDown(), "f32[B, 8] f32[B, 3, R, 8] f32[B, R]"),
+    "LoRA: sizes that are not the weight's": (ops.LoraMatMul((4,)), f"{X} f16[5, 8] {U} f32[B, 5, R]"),
+    "LoRA: more sizes than parts": (ops.LoraMatMul((2, 3), 2), f"{X} f16[5, 8] {U} f32[B, 5, R]"),
+    "LoRA: a negative part": (ops.LoraMatMul((2, 3), -1), f"{X} f16[5, 8] {U} f32[B, 5, R]"),
+    "LoRA: a u of other tokens": (ops.LoraMatMul((5,)), f"{X} f16[5, 8] f32[B, T, 3, R] f32[B, 5, R]"),
+    "LoRA: a u of unknown parts": (ops.LoraMatMul((5,)), f"{X} f16[5, 8] f32[B, S, P, R] f32[B, 5, R]"),
+    "LoRA: a u of one part": (ops.LoraMatMul((5,)), f"{X} f16[5, 8] f32[B, S, R] f32[B, 5, R]"),
+    "LoRA: a B of other rows": (ops.LoraMatMul((5,)), f"{X} f16[5, 8] {U} f32[B, 4, R]"),
+    "LoRA: a B of another rank": (ops.LoraMatMul((5,)), f"{X} f16[5, 8] {U} f32[B, 5, Q]"),
+    "LoRA: a B of another batch": (ops.LoraMatMul((5,)), f"{X} f16[5, 8] {U} f32[C, 5, R]"),
+    "LoRA: an embedding of other tokens": (
+        ops.LoraEmbed(),
+        f"{X} i64[B, T] f32[B, 99, R] f32[B, R] f32[B, 8, R]",
+    ),
+    "LoRA: an embedding's A of another batch": (
+        ops.LoraEmbed(),
+        f"{X} i64[B, S] f32[C, 99, R] f32[C, R] f32[C, 8, R]",
+    ),
+    "LoRA: an embedding's A of one sequence": (
+        ops.LoraEmbed(),
+        f"{X} i64[B, S] f32[99, R] f32[B, R] f32[B, 8, R]",
+    ),
+    "LoRA: an embedding's scales of another rank": (
+        ops.LoraEmbed(),
+        f"{X} i64[B, S] f32[B, 99, R] f32[B, Q] f32[B, 8, R]",
+    ),
+    "LoRA: an embedding's B of another width": (
+        ops.LoraEmbed(),
+        f"{X} i64[B, S] f32[B, 99, R] f32[B, R] f32[B, 9, R]",
+    ),
     "positions of a vector": (ops.Positions(), "i64[S] i32[]"),
     "past length in i64": (ops.Positions(), "i64[B, S] i64[]"),
     "positions of other tokens": (ops.Rope(2, ROPE), f"{X} i64[B, T]"),
@@ -169,6 +216,20 @@ def test_refused(case: str) -> None:
     op, inputs = REFUSED[case]
     with pytest.raises(GraphError, match=f"^{op.name}: "):
         op.infer(types(inputs))
+
+
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [
+        ("f16[5, 9]", "MatMul: weight f16[5, 9] for x"),
+        ("f16[5, 8] f32[8]", "MatMul: bias f32[8] for weight"),
+        ("q8_0[5, 9]", "DequantMatMul: weight q8_0[5, 9] for x"),
+        ("i64[5, 8]", "MatMul: cannot read a weight of type i64"),
+    ],
+)
+def test_base_of_an_adapted_product_must_be_a_product(base: str, problem: str) -> None:
+    with pytest.raises(GraphError, match=f"^{re.escape(problem)}"):
+        ops.LoraMatMul((5,)).infer(types(f"{X} {base} {U} f32[B, 5, R]"))
 
 
 def test_every_op_is_tried() -> None:

@@ -15,6 +15,8 @@ from rlxc.errors import GraphError, ParseError
 from rlxc.ir import (
     Alias,
     Concat,
+    Encode,
+    Fold,
     Graph,
     Node,
     RopeSpec,
@@ -44,6 +46,59 @@ weight @wqk: q8_0[96, 64] = concat(@wq: q5_0[64, 64], @wk: q8_0[32, 64] = source
 output %logits
 output %k
 """
+
+
+FOLDED = """\
+graph folded
+weight @w: q8_0[64, 32] = encode(@w.folded: f32[64, 32] = fold(@w: q4_0[64, 32], @a: f32[4, 32], @b: f32[64, 4], 0.5))
+weight @d: f32[64, 32] = fold(@w: q4_0[64, 32], @a: f32[4, 32], @b: f32[64, 4], @m: f32[64], -1e-05)
+weight @t: f32[9, 32] = fold_transposed(@x: f16[9, 32] = encode(@t: bf16[9, 32]), @ta: f32[4, 9], @tb: f32[32, 4], 2.0)
+weight @both: q8_0[128, 32] = concat(@w: q8_0[64, 32] = encode(@v: f16[64, 32]), @u: q8_0[64, 32])
+"""
+
+ADAPTED = """\
+graph adapted
+input %ids: i64[batch, seq]
+input %lora_scales: f32[batch, rank]
+input %table.down: f32[batch, 96, rank]
+input %table.up: f32[batch, 64, rank]
+input %down: f32[batch, 2, rank, 64]
+input %up: f32[batch, 96, rank]
+weight @table: q8_0[96, 64]
+weight @w: q8_0[96, 64]
+%base = Embed(%ids, @table) : f32[batch, seq, 64]
+%h = LoraEmbed(%base, %ids, %table.down, %lora_scales, %table.up) : f32[batch, seq, 64]
+%u = LoraDown(%h, %down, %lora_scales) : f32[batch, seq, 2, rank]
+%y = LoraMatMul(%h, @w, %u, %up; sizes=(64, 32)) : f32[batch, seq, 96]
+%z = LoraMatMul(%h, @w, %u, %up; sizes=(96,), first=1) : f32[batch, seq, 96]
+output %y
+output %z
+"""
+
+
+@pytest.mark.parametrize("text", [FOLDED, ADAPTED], ids=["recipes", "side paths"])
+def test_text_of_adapters_is_stable_and_sound(text: str) -> None:
+    graph = parse(text)
+    assert show(graph) == text
+    verify(graph)
+
+
+def test_parsing_gives_the_recipes() -> None:
+    weights = parse(FOLDED).weight
+
+    def given(name: str, *shape: int, dtype: DType = DType.F32) -> Weight:
+        return Weight(name, TensorType(dtype, shape), Source(name))
+
+    base = given("w", 64, 32, dtype=DType.Q4_0)
+    assert weights["d"].recipe == Fold(base, given("a", 4, 32), given("b", 64, 4), -1e-05, given("m", 64))
+    folded = Weight(
+        "w.folded", TensorType(DType.F32, (64, 32)), Fold(base, given("a", 4, 32), given("b", 64, 4), 0.5)
+    )
+    assert weights["w"].recipe == Encode(folded)
+    assert isinstance(weights["t"].recipe, Fold)
+    assert weights["t"].recipe.transposed
+    assert weights["t"].tensors == ("t", "ta", "tb")
+    assert weights["both"].tensors == ("v", "u")
 
 
 def test_text_of_a_graph_is_stable() -> None:
@@ -106,9 +161,28 @@ floats = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @st.composite
-def recipes(draw: st.DrawFn, name: str) -> Source | Concat:
-    if draw(st.booleans()):
+def folds(draw: st.DrawFn, base: Weight) -> Weight:
+    """One or several adapters folded into a matrix of f32, with any scales and names."""
+    rank = draw(st.sampled_from([1, 16]))
+    transposed = draw(st.booleans())
+    rows, columns = base.type.shape
+    out, in_ = (columns, rows) if transposed else (rows, columns)
+    a = Weight(draw(names), TensorType(DType.F32, (rank, in_)), Source("a"))
+    b = Weight(draw(names), TensorType(DType.F32, (out, rank)), Source("b"))
+    magnitude = Weight(draw(names), TensorType(DType.F32, (rows,)), Source("m"))
+    recipe = Fold(base, a, b, draw(floats), magnitude if draw(st.booleans()) else None, transposed)
+    folded = Weight(draw(names), TensorType(DType.F32, base.type.shape), recipe)
+    return draw(folds(folded)) if draw(st.booleans()) else folded
+
+
+@st.composite
+def recipes(draw: st.DrawFn, name: str) -> Source | Concat | Encode:
+    kind = draw(st.sampled_from(["source", "encode", "concat"]))
+    if kind == "source":
         return Source(draw(st.just(name) | st.text("abc ._-(),:;=%@[]0123", min_size=1)))
+    if kind == "encode":
+        base = Weight(name, TensorType(draw(st.sampled_from(DType)), (5, 32)), Source(name))
+        return Encode(draw(st.just(base) | folds(base)))
     parts = draw(st.lists(names, min_size=1, max_size=3))
     return Concat(tuple(Weight(part, TensorType(DType.Q4_0, (1, 32)), Source(part)) for part in parts))
 
@@ -190,7 +264,21 @@ UNREADABLE = {
     "input without mark": ("input z: f32[2]", "a name after %"),
     "input with a weight's mark": ("input @z: f32[2]", "a name after %"),
     "input without type": ("input %z", "':'"),
-    "unknown recipe": ("weight @z: f32[2] = zeros()", "source, alias or concat instead of 'zeros'"),
+    "unknown recipe": (
+        "weight @z: f32[2] = zeros()",
+        "source, alias, concat, encode or fold instead of 'zeros'",
+    ),
+    "encoding nothing": ("weight @z: f32[2] = encode()", "a name after @"),
+    "encoding two weights": ("weight @z: f32[2] = encode(@a: f32[2], @b: f32[2])", "')'"),
+    "fold without scale": ("weight @z: f32[2] = fold(@a: f32[2], @b: f32[2], @c: f32[2])", "a number"),
+    "fold of two weights": (
+        "weight @z: f32[2] = fold(@a: f32[2], @b: f32[2], 1.0)",
+        "3 or 4 weights instead of 2",
+    ),
+    "scale that is no number": (
+        "weight @z: f32[2] = fold(@a: f32[2], @b: f32[2], @c: f32[2], big)",
+        "a number",
+    ),
     "alias without mark": ("weight @z: f32[2] = alias(w)", "a name after @"),
     "more than a line holds": ("output %x %y", "the end of the line"),
     "a line of nothing known": ("hello", "a name after %"),

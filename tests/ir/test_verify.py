@@ -8,7 +8,21 @@ import pytest
 
 from rlxc.dtypes import DType
 from rlxc.errors import VerifyError
-from rlxc.ir import Alias, Concat, Graph, Node, Source, TensorType, Weight, ops, parse, verify
+from rlxc.ir import (
+    Alias,
+    Concat,
+    Encode,
+    Fold,
+    Graph,
+    Node,
+    Recipe,
+    Source,
+    TensorType,
+    Weight,
+    ops,
+    parse,
+    verify,
+)
 
 SOUND = """
 graph sound
@@ -25,7 +39,7 @@ output %x
 """
 
 
-def weight(name: str, *shape: int, recipe: Source | Alias | Concat | None = None) -> Weight:
+def weight(name: str, *shape: int, recipe: Recipe | None = None) -> Weight:
     return Weight(name, TensorType(DType.F32, shape), recipe or Source(name))
 
 
@@ -153,3 +167,63 @@ def test_parts_that_do_not_make_the_whole_are_refused(parts: tuple[Weight, ...])
     assert problem(with_weights(weight("a", 3, 4, recipe=Concat(parts)))).startswith(
         "@a is f32[3, 4], its parts have"
     )
+
+
+def test_encoding_another_shape_is_refused() -> None:
+    graph = with_weights(weight("a", 3, 4, recipe=Encode(weight("b", 4, 3))))
+    assert problem(graph) == "@a is f32[3, 4], it encodes f32[4, 3]"
+
+
+def test_what_is_encoded_is_checked() -> None:
+    part = weight("part", 2, 4, recipe=Alias("nowhere"))
+    assert "@part is an alias of @nowhere" in problem(with_weights(weight("a", 2, 4, recipe=Encode(part))))
+
+
+BASE, A, B = weight("base", 3, 4), weight("A", 2, 4), weight("B", 3, 2)
+
+
+@pytest.mark.parametrize(
+    "fold",
+    [
+        Fold(BASE, A, B, 1.0),
+        Fold(BASE, A, B, 1.0, weight("m", 3)),
+        Fold(BASE, weight("A", 2, 3), weight("B", 4, 2), 1.0, transposed=True),
+        Fold(BASE, weight("A", 2, 3), weight("B", 4, 2), 1.0, weight("m", 3), transposed=True),
+        Fold(Weight("base", TensorType(DType.Q4_K, (3, 4)), Source("base")), A, B, 1.0),
+    ],
+    ids=["plain", "with magnitudes", "transposed", "both", "into a packed weight"],
+)
+def test_adapter_that_fits_can_be_folded(fold: Fold) -> None:
+    verify(with_weights(weight("w", 3, 4, recipe=fold)))
+
+
+@pytest.mark.parametrize(
+    ("fold", "expected"),
+    [
+        (Fold(weight("base", 4, 4), A, B, 1.0), "it folds into f32[4, 4] in f32"),
+        (Fold(BASE, weight("A", 2, 3), B, 1.0), "it cannot fold @A: f32[2, 3]"),
+        (Fold(BASE, A, weight("B", 4, 2), 1.0), "it cannot fold @B: f32[4, 2]"),
+        (Fold(BASE, A, weight("B", 3, 5), 1.0), "it cannot fold @B: f32[3, 5]"),
+        (Fold(BASE, A, B, 1.0, transposed=True), "it cannot fold @A: f32[2, 4]"),
+        (Fold(BASE, A, B, 1.0, weight("m", 4)), "it cannot fold @m: f32[4]"),
+        (
+            Fold(BASE, A, B, 1.0, Weight("m", TensorType(DType.F16, (3,)), Source("m"))),
+            "it cannot fold @m: f16[3]",
+        ),
+    ],
+)
+def test_adapter_that_does_not_fit_is_refused(fold: Fold, expected: str) -> None:
+    assert problem(with_weights(weight("w", 3, 4, recipe=fold))) == f"@w is f32[3, 4], {expected}"
+
+
+def test_folding_into_another_type_than_f32_is_refused() -> None:
+    whole = Weight("w", TensorType(DType.F16, (3, 4)), Fold(BASE, A, B, 1.0))
+    assert problem(with_weights(whole)) == "@w is f16[3, 4], it folds into f32[3, 4] in f32"
+
+
+def test_what_is_folded_is_checked() -> None:
+    for number, name in enumerate(("base", "A", "B")):
+        parts = [BASE, A, B]
+        parts[number] = replace(parts[number], recipe=Alias("nowhere"))
+        graph = with_weights(weight("w", 3, 4, recipe=Fold(*parts, 1.0)))
+        assert f"@{name} is an alias of @nowhere" in problem(graph)

@@ -13,7 +13,7 @@ from rlxc.ir import Graph, interp, verify
 from rlxc.models import Config, build_model
 from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf import GgufFile
-from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, registry_from_gguf
+from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, base_registry
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -49,7 +49,7 @@ class OpenModel:
 
 def tied_registry(file: GgufFile) -> WeightRegistry:
     """The file's weights, with the logits tied to the embedding unless the file says otherwise."""
-    registry = registry_from_gguf(file)
+    registry = base_registry(file)
     if "output.weight" not in registry:
         table = registry.resolve("token_embd.weight")
         packed = isinstance(table, Packed)

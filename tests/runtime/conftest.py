@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from rlxc.artifact import (
     BackendName,
     KvLayer,
     KvPlan,
+    LoraGroup,
+    LoraPart,
+    LoraPlan,
     Manifest,
     ModelFacts,
     Options,
@@ -28,13 +33,26 @@ from rlxc.artifact import (
 )
 from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.dtypes import DType
+from rlxc.passes import LoraMode
 from rlxc.runtime import Session
+from rlxc.runtime.engines import Mix, Pairs
 from rlxc.runtime.logits import StepLogits
 from rlxc.runtime.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from adapters import random_pairs, write_gguf_adapter
 
 BOS, EOS, FIRST_BYTE = 0, 1, 2
 VOCAB = FIRST_BYTE + 256
 CONTEXT, MAX_STEP = 40, 8
+SHAPES = {
+    "blk.0.attn_q.weight": (8, 4),
+    "blk.0.attn_k.weight": (4, 4),
+    "blk.0.ffn_down.weight": (4, 12),
+    "token_embd.weight": (4, VOCAB),
+}
+"""What adapters of the tiny model change: ``[out, in]``."""
 
 
 def tokenizer_json() -> bytes:
@@ -76,6 +94,23 @@ MANIFEST = Manifest(
     weights=(),
 )
 
+Q, K, DOWN, EMBEDDING = (
+    LoraPart(name, rows, columns, f"{name}.up", 0, rows) for name, (rows, columns) in SHAPES.items()
+)
+SPLIT = replace(
+    MANIFEST,
+    lora=LoraPlan(
+        DType.F32,
+        48,
+        (
+            LoraGroup("embedding", "embedding.down", (EMBEDDING,)),
+            LoraGroup("linear", "qk.down", (Q, K)),
+            LoraGroup("linear", "down.down", (DOWN,)),
+        ),
+    ),
+)
+"""As `MANIFEST`, and adapters of up to 48 ranks together may come and go."""
+
 
 def write_artifact(path: Path, manifest: Manifest = MANIFEST, **files: bytes) -> Artifact:
     """An artifact of the tiny vocabulary; ``files`` by name, with ``__`` for the dot."""
@@ -93,28 +128,48 @@ def write_artifact(path: Path, manifest: Manifest = MANIFEST, **files: bytes) ->
 @dataclass
 class FakeCache:
     ids: list[int] = field(default_factory=list)
+    mixes: list[Mix[Any]] = field(default_factory=list)  # what each token was read with
 
     @property
     def position(self) -> int:
         return len(self.ids)
 
 
+class FakeAdapter:
+    """Told apart from others by its numbers alone."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = dict(pairs)
+        arrays = [array for _, pair in sorted(pairs.items()) for array in pair]
+        assert all(array.dtype == np.float32 for array in arrays)
+        self.units = max((-(-len(a) // 16) for a, _ in pairs.values()), default=0)
+        self.nbytes = sum(array.nbytes for array in arrays)
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).digest()
+        self.number = int.from_bytes(digest[:8], "little")
+
+
 class FakeEngine:
     """Obeys the engine protocol, and checks that the session does.
 
     After a history, the best token is ``script[len(history)]`` where there is one; the other logits are noise that
-    the whole history seeds.
+    the whole history seeds, with what each token was read with.
     """
 
     vocab_size, context, max_step, ticks = VOCAB, CONTEXT, MAX_STEP, None
 
     def __init__(self, script: Sequence[int] = ()) -> None:
         self.script = script
-        self.steps: list[int] = []
+        self.steps: list[int] = []  # tokens of each sequence
+        self.mixes: list[list[Mix[Any]]] = []  # of each step, one for each sequence
+        self.prepared: list[FakeAdapter] = []
         self.closed = False
 
-    def logits(self, history: Sequence[int]) -> npt.NDArray[np.float32]:
-        row = np.random.default_rng(list(history)).standard_normal(VOCAB).astype(np.float32)
+    def logits(self, history: Sequence[int], mixes: Sequence[Mix[Any]] = ()) -> npt.NDArray[np.float32]:
+        seed = list(history)
+        for position, mix in enumerate(mixes):
+            for adapter, scale in mix:
+                seed += [position, adapter.number, int(np.float32(scale).view(np.uint32))]
+        row = np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
         if len(history) < len(self.script):
             row[self.script[len(history)]] = 10.0
         return row
@@ -122,21 +177,43 @@ class FakeEngine:
     def new_cache(self) -> FakeCache:
         return FakeCache()
 
+    def prepare(self, pairs: Pairs) -> FakeAdapter:
+        self.prepared.append(FakeAdapter(pairs))
+        return self.prepared[-1]
+
     def step(
-        self, caches: Sequence[FakeCache], ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+        self,
+        caches: Sequence[FakeCache],
+        ids: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        mixes: Sequence[Mix[Any]] = (),
     ) -> StepLogits:
         assert not self.closed
         assert ids.dtype == rows.dtype == np.int64
         assert ids.flags.c_contiguous
         assert 1 <= ids.size <= MAX_STEP
-        (cache,), (tokens,) = caches, ids
+        assert len(caches) == len(ids) == len({id(cache) for cache in caches})
+        assert len(mixes) in (0, len(caches))
+        each = list(mixes) or [()] * len(caches)
+        values = [self._read(cache, row, rows, mix) for cache, row, mix in zip(caches, ids.tolist(), each)]
+        self.steps.append(ids.shape[1])
+        self.mixes.append(each)
+        return StepLogits(np.array(values, np.float32).reshape(len(caches), -1, VOCAB))
+
+    def _read(
+        self, cache: FakeCache, tokens: list[int], rows: npt.NDArray[np.int64], mix: Mix[Any]
+    ) -> list[npt.NDArray[np.float32]]:
         assert cache.position + len(tokens) <= CONTEXT
         assert all(0 <= token < VOCAB for token in tokens)
         assert all(0 <= row < len(tokens) for row in rows)
-        wanted = [self.logits(cache.ids + tokens[: row + 1].tolist()) for row in rows]
-        self.steps.append(len(tokens))
-        cache.ids.extend(tokens.tolist())
-        return StepLogits(np.array(wanted, np.float32).reshape(1, -1, VOCAB))
+        assert sum(adapter.units for adapter, _ in mix) <= 3
+        assert len({id(adapter) for adapter, _ in mix}) == len(mix)
+        assert all(scale and np.isfinite(scale) for _, scale in mix)
+        start = cache.position
+        cache.ids += tokens
+        cache.mixes += [tuple(mix)] * len(tokens)
+        ends = [start + int(row) + 1 for row in rows]
+        return [self.logits(cache.ids[:end], cache.mixes[:end]) for end in ends]
 
     def close(self) -> None:
         self.closed = True
@@ -175,20 +252,55 @@ def open_session(make_artifact: Callable[..., Artifact]) -> Iterator[Callable[..
         session.close()
 
 
-CompileTiny = Callable[[BackendName], Path]
+WriteAdapter = Callable[..., Path]
+
+
+@pytest.fixture
+def write_adapter(tmp_path: Path) -> WriteAdapter:
+    """``write_adapter("a", rank=4, seed=0)``: a GGUF adapter ``a.gguf``, by default for all that can be changed."""
+
+    def write(
+        name: str,
+        rank: int = 4,
+        *,
+        seed: int = 0,
+        targets: Sequence[str] = tuple(SHAPES),
+        architecture: str = "gemma3",
+        size: float = 0.1,
+        **options: Any,
+    ) -> Path:
+        shapes = {target: SHAPES.get(target, (4, 4)) for target in targets}
+        pairs = random_pairs(shapes, rank, seed=seed, size=size)
+        return write_gguf_adapter(tmp_path / f"{name}.gguf", pairs, architecture=architecture, **options)
+
+    return write
+
+
+@pytest.fixture
+def split_session(open_session: Callable[..., Session], make_artifact: Any, engine: FakeEngine) -> Session:
+    """A session on `engine` that takes adapters."""
+    return open_session(engine, make_artifact("split.rlx", manifest=SPLIT))
+
+
+@pytest.fixture
+def split_manifest() -> Manifest:
+    return SPLIT
+
+
+CompileTiny = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def compile_tiny(tmp_path_factory: pytest.TempPathFactory) -> CompileTiny:
-    """``compile_tiny(backend)``: the artifact of a tiny Gemma 3 with ring caches, compiled once."""
+    """``compile_tiny(backend)``: the artifact of a tiny Gemma 3 with ring caches, compiled once for each ``lora``."""
     tiny = runpy.run_path(str(Path(__file__).parents[1] / "models" / "tiny.py"))
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny["VARIANTS"]["gemma3-window"].write(folder / "model.gguf")
 
-    def compile_(backend: BackendName) -> Path:
-        path = folder / f"{backend}.rlx"
+    def compile_(backend: BackendName, lora: LoraMode = "auto") -> Path:
+        path = folder / f"{backend}.{lora}.rlx"
         if not path.exists():
-            rlxc.compile(model, path, backend=backend)
+            rlxc.compile(model, path, backend=backend, lora=lora)
         return path
 
     return compile_

@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from adapters import random_pairs, write_gguf_adapter
 
 import rlxc
 import rlxc.runtime.cpu
 from rlxc.artifact import BackendName
 from rlxc.errors import ArtifactError, SessionError
-from rlxc.runtime import Session
+from rlxc.runtime import Request, Session
 from rlxc.runtime.engines import Engine
 from rlxc.runtime.logits import Logits
 
 Ids = npt.NDArray[np.int64]
-CompileTiny = Callable[[BackendName], Path]
+CompileTiny = Callable[..., Path]
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def session(backend: BackendName, compile_tiny: CompileTiny) -> Any:
 
 
 @pytest.fixture
-def engine(session: Session) -> Engine[Any]:
+def engine(session: Session) -> Engine[Any, Any]:
     return session.engine
 
 
@@ -43,7 +44,7 @@ def tokens(*shape: int) -> Ids:
     return np.random.default_rng(len(shape)).integers(2, 300, size=shape)
 
 
-def filled(engine: Engine[Any], ids: Ids) -> Any:
+def filled(engine: Engine[Any, Any], ids: Ids) -> Any:
     """A cache that holds these tokens."""
     cache = engine.new_cache()
     for start in range(0, len(ids), engine.max_step):
@@ -52,7 +53,7 @@ def filled(engine: Engine[Any], ids: Ids) -> Any:
 
 
 @pytest.mark.parametrize("step", [1, 5])
-def test_sequences_of_one_step_do_not_touch_each_other(engine: Engine[Any], step: int) -> None:
+def test_sequences_of_one_step_do_not_touch_each_other(engine: Engine[Any, Any], step: int) -> None:
     pasts = [tokens(40), tokens(1), tokens(90), tokens(0)]
     ids, rows = tokens(4, step), np.array([0, step - 1])
     together = [filled(engine, past) for past in pasts]
@@ -67,7 +68,7 @@ def test_sequences_of_one_step_do_not_touch_each_other(engine: Engine[Any], step
             assert together[i].position == cache.position
 
 
-def test_logits_are_summarised(engine: Engine[Any]) -> None:
+def test_logits_are_summarised(engine: Engine[Any, Any]) -> None:
     logits = engine.step([engine.new_cache(), engine.new_cache()], tokens(2, 6), np.array([1, 5, 0]))
     for sequence in range(2):
         for row in range(3):
@@ -78,7 +79,7 @@ def test_logits_are_summarised(engine: Engine[Any]) -> None:
             np.testing.assert_allclose(got.sums, expected.sums, rtol=2e-6)
 
 
-def test_logits_are_the_caller_s_to_keep(engine: Engine[Any]) -> None:
+def test_logits_are_the_caller_s_to_keep(engine: Engine[Any, Any]) -> None:
     cache = engine.new_cache()
     first = engine.step([cache], tokens(1, 3), np.array([2]))
     before = first.values.copy()
@@ -86,7 +87,7 @@ def test_logits_are_the_caller_s_to_keep(engine: Engine[Any]) -> None:
     np.testing.assert_array_equal(first.values, before)
 
 
-def test_step_without_rows_has_no_logits(engine: Engine[Any]) -> None:
+def test_step_without_rows_has_no_logits(engine: Engine[Any, Any]) -> None:
     cache = engine.new_cache()
     assert engine.step([cache], tokens(1, 3), np.zeros(0, np.int64)).values.shape == (1, 0, 300)
     assert cache.position == 3
@@ -110,6 +111,70 @@ def test_listed_calls_read_every_matrix_once(tvm_artifact: Path) -> None:
     expected = [weight.shape[0] * weight.shape[1] for weight in matrices]
     assert sorted(call["multiplications"] for call in calls if call["bytes_read"]) == sorted(expected)
     assert {call["amount"] for call in calls} == {"tokens", "rows"}
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted_session(backend: BackendName, compile_tiny: CompileTiny, tmp_path: Path) -> Any:
+    """A session with adapters ``a``, ``b`` and ``c`` loaded, of 4, 20 and 36 ranks; token 9 invokes the last one."""
+    with rlxc.load(compile_tiny(backend, "split")) as session:
+        plan = session.artifact.manifest.lora
+        assert plan is not None
+        shapes = {part.tensor: (part.rows, part.columns) for part in plan.parts}
+        for seed, name in enumerate("abc"):
+            pairs = random_pairs(shapes, 4 + 16 * seed, seed=seed, size=0.2)
+            invocation = [9] if name == "c" else []
+            path = tmp_path / f"{name}.gguf"
+            write_gguf_adapter(path, pairs, architecture="gemma3", invocation_tokens=invocation)
+            session.adapters.load(path)
+        yield session
+
+
+def test_adapters_come_and_go_without_a_trace(adapted_session: Session) -> None:
+    ids = tokens(12)
+    base = adapted_session.score(ids)
+    adapted_session.adapters.push("a")
+    alone = adapted_session.score(ids)
+    assert np.abs(alone - base).max() > 0.1
+    adapted_session.adapters.push("b", -0.5)
+    assert np.abs(adapted_session.score(ids) - alone).max() > 0.1
+    adapted_session.adapters.pop()
+    np.testing.assert_array_equal(adapted_session.score(ids), alone)
+    adapted_session.adapters.clear()
+    np.testing.assert_array_equal(adapted_session.score(ids), base)
+
+
+def test_activated_adapter_leaves_what_is_before_its_call_alone(adapted_session: Session) -> None:
+    ids = [5, 6, 7, 9, 8, 5]
+    base = adapted_session.score(ids)
+    adapted_session.adapters.push("c")
+    invoked = adapted_session.score(ids)
+    # The prompt is cut in two, whose steps may add in another order than one.
+    np.testing.assert_allclose(invoked[:3], base[:3], atol=1e-4)
+    assert np.abs(invoked[3:] - base[3:]).max(axis=1).min() > 0.1
+
+
+def test_texts_of_a_batch_have_their_own_adapters(adapted_session: Session) -> None:
+    stacks: list[list[tuple[str, float]]] = [
+        [("a", 1.0)],
+        [("b", 0.5)],
+        [],
+        [("a", -1.0)],
+        [("c", 1.0)],
+        [("a", 1.0), ("b", 1.0)],
+    ]
+    requests = [Request([5 + i, 9, 6, 7], stack, max_tokens=5 + i) for i, stack in enumerate(stacks)]
+    together = adapted_session.generate_batch(requests, max_batch=4)
+    for request, stack, completion in zip(requests, stacks, together):
+        for name, scale in stack:
+            adapted_session.adapters.push(name, scale)
+        alone = adapted_session.generate(request.prompt, request.max_tokens)
+        adapted_session.adapters.clear()
+        assert completion.ids == alone.ids
+        # A token's sums do not depend on its neighbours, but for the order in which a kernel adds its parts.
+        np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
 
 
 # --- artifacts that are broken ------------------------------------------------------------------------------------

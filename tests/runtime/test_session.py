@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import rlxc.runtime.session
+import rlxc.runtime.model
 from rlxc.artifact import Artifact
 from rlxc.errors import ArtifactError, ContextError, SessionError
 from rlxc.runtime import Session
@@ -84,7 +84,7 @@ def test_score_leaves_the_sequence_alone(session: Session, engine: Any) -> None:
 def test_score_bounds_the_logits_of_a_step(
     session: Session, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rlxc.runtime.session, "_SCORE_LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(rlxc.runtime.model, "_SCORE_LOGITS", 3 * VOCAB)
     session.score(IDS[:7])
     assert engine.steps == [3, 3, 1]
 

@@ -9,20 +9,25 @@ import numpy as np
 import pytest
 from layer_graph import layer
 
+from rlxc.artifact import LoraPlan
 from rlxc.backends.tvm.lower import lower
 from rlxc.backends.tvm.program import InWeights, InWorkspace, Program
 from rlxc.backends.tvm.targets import find_target
 from rlxc.backends.tvm.weights import WeightsFile
 from rlxc.errors import UnsupportedError
-from rlxc.ir import parse
+from rlxc.ir import Graph, parse
 
 TOKENS = 16
 
 
 def lowered(
-    text: str, *, int8: bool = True, find_knobs: Any = lambda problem: None
+    model: str | Graph,
+    *,
+    int8: bool = True,
+    find_knobs: Any = lambda problem: None,
+    lora: LoraPlan | None = None,
 ) -> tuple[Program, WeightsFile]:
-    graph = parse(text)
+    graph = parse(model) if isinstance(model, str) else model
     weights = WeightsFile(graph)
     program = lower(
         graph,
@@ -32,6 +37,7 @@ def lowered(
         most_tokens=TOKENS,
         read_floats=lambda name: np.ones(8, np.float32),
         find_knobs=find_knobs,
+        lora=lora,
     )
     return program, weights
 

@@ -1,0 +1,359 @@
+"""Tiny random models as Hugging Face folders, written with the ``safetensors`` library alone.
+
+`VARIANTS` are the models whose logits ``tests/data/make_hf_logits.py`` takes from Transformers. Weights come from a
+generator whose stream is frozen, so that the folders are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, CONTEXT = 64, 128, 4, 2, 128, 256
+LAYERS = {"llama": 2, "mistral": 2, "gemma3_text": 5}
+HEAD_DIM = {"llama": 16, "mistral": 32, "gemma3_text": 32}
+"""Mistral's and Gemma's heads are larger than hidden size / heads, which only ``head_dim`` tells."""
+
+WEIGHT_SIZE = HIDDEN**-0.5
+"""Standard deviation of the weights: activations and attention scores stay near 1."""
+
+TEXT = [1, *np.random.RandomState(0).randint(3, VOCAB, 23).tolist()]
+"""The token ids whose logits are compared: three times Gemma's window."""
+
+_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+
+# The published values of NF4 (Dettmers et al. 2023, appendix E) and of FP4: sign, two bits of exponent, one of
+# fraction, over 12.
+CODEBOOKS = {
+    "nf4": [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    "fp4": [
+        0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12,
+        -0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -6 / 12, -2 / 12, -3 / 12,
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HfTiny:
+    """One tiny folder.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        dtype: of every tensor, as safetensors spells it.
+        config: keys of ``config.json`` to add or change.
+        bias: with biases of the attention, and in Llama of the MLP.
+        four_bit: ``nf4`` or ``fp4`` for the linear layers; ``nested`` with double quantisation.
+        shards: how many files the weights are in.
+        seed: of the weights.
+    """
+
+    model_type: str = "llama"
+    dtype: str = "F32"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    bias: bool = False
+    four_bit: str | None = None
+    nested: bool = False
+    shards: int = 1
+    seed: int = 0
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", self.model_type == "gemma3_text"))
+
+    def arrays(self) -> Arrays:
+        """Every weight by its name in the folder, in f32 but of values that ``dtype`` can hold."""
+        rng = np.random.RandomState(self.seed)
+        arrays: Arrays = {}
+        for name, shape in shapes(self.model_type, self.tied, self.bias):
+            noise = rng.standard_normal(shape)
+            if len(shape) == 2:
+                values = WEIGHT_SIZE * noise
+            elif name.endswith("norm.weight"):
+                # Gemma adds the one itself.
+                values = 0.2 * noise + (self.model_type != "gemma3_text")
+            else:
+                values = 0.2 * noise
+            arrays[name] = as_float(as_stored(values.astype(np.float32), self.dtype), self.dtype)
+        return arrays
+
+    def write(
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, tuple[str, npt.NDArray[Any]] | None] | None = None,
+    ) -> Path:
+        """The folder of this model.
+
+        Args:
+            folder: to be made.
+            config: keys of ``config.json`` to add or change beyond the model's own; None takes a key away.
+            tensors: element type and array of tensors to add or change; None takes a tensor away.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        stored: dict[str, tuple[str, npt.NDArray[Any]]] = {}
+        for name, values in self.arrays().items():
+            if self.four_bit and name.endswith("proj.weight"):
+                stored |= pack_four_bit(name, values, self.four_bit, nested=self.nested)
+            else:
+                stored[name] = (self.dtype, as_stored(values, self.dtype))
+        changed = {**stored, **(tensors or {})}
+        write_weights(folder, {name: one for name, one in changed.items() if one is not None}, self.shards)
+        keys = {**self.config_json(), **(config or {})}
+        dropped = {key for key, value in (config or {}).items() if value is None}
+        write_json(folder / "config.json", {key: keys[key] for key in keys if key not in dropped})
+        return folder
+
+    def config_json(self) -> dict[str, Any]:
+        """The configuration, with the keys that Transformers writes for every model."""
+        config: dict[str, Any] = {
+            "architectures": [_CLASSES[self.model_type]],
+            "attention_bias": self.bias,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": HEAD_DIM[self.model_type],
+            "hidden_size": HIDDEN,
+            "initializer_range": 0.02,
+            "intermediate_size": FFN,
+            "max_position_embeddings": CONTEXT,
+            "model_type": self.model_type,
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": LAYERS[self.model_type],
+            "num_key_value_heads": KV_HEADS,
+            "rms_norm_eps": 1e-6,
+            "transformers_version": "5.0.0",
+            "use_cache": True,
+            "vocab_size": VOCAB,
+        }
+        if self.model_type == "llama":
+            config |= {"hidden_act": "silu", "mlp_bias": self.bias, "pretraining_tp": 1}
+        elif self.model_type == "mistral":
+            config |= {"hidden_act": "silu", "sliding_window": None}
+            del config["attention_bias"]
+        else:
+            config |= {
+                "hidden_activation": "gelu_pytorch_tanh",
+                "query_pre_attn_scalar": HEAD_DIM["gemma3_text"],
+            }
+            config |= {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 8}
+        if self.four_bit:
+            config["quantization_config"] = {
+                "_load_in_4bit": True,
+                "_load_in_8bit": False,
+                "bnb_4bit_compute_dtype": "float32",
+                "bnb_4bit_quant_storage": "uint8",
+                "bnb_4bit_quant_type": self.four_bit,
+                "bnb_4bit_use_double_quant": self.nested,
+                "llm_int8_enable_fp32_cpu_offload": False,
+                "llm_int8_has_fp16_weight": False,
+                "llm_int8_skip_modules": None,
+                "llm_int8_threshold": 6.0,
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "quant_method": "bitsandbytes",
+            }
+        return {**config, **self.config}
+
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    # So long that both ends of the ramp lie inside the head.
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 16.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.4,
+}
+_LONG = {"max_position_embeddings": 16384}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+_KINDS = [
+    "sliding_attention",
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "sliding_attention",
+]
+
+VARIANTS: Mapping[str, HfTiny] = {
+    "llama-old": HfTiny(config={"rope_theta": 500.0, "rope_scaling": None, "torch_dtype": "float32"}, seed=1),
+    "llama-new": HfTiny(
+        dtype="BF16",
+        config={
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "tie_word_embeddings": True,
+            "dtype": "bfloat16",
+        },
+        seed=2,
+    ),
+    "llama-bias": HfTiny(dtype="F16", bias=True, seed=3),
+    "llama-linear": HfTiny(config={"rope_scaling": {"type": "linear", "factor": 4.0}}, seed=4),
+    "llama-yarn": HfTiny(config={"rope_parameters": _YARN, **_LONG}, seed=5),
+    "llama-yarn-attention": HfTiny(
+        config={"rope_scaling": {**_YARN, "attention_factor": 0.8}, **_LONG}, seed=6
+    ),
+    "llama-llama3": HfTiny(config={"rope_theta": 10000.0, "rope_scaling": _LLAMA3}, seed=7),
+    "mistral-shards": HfTiny("mistral", shards=3, seed=8),
+    "gemma3-old": HfTiny(
+        "gemma3_text",
+        config={"sliding_window_pattern": 3, "rope_theta": 1e5, "rope_local_base_freq": 500.0},
+        seed=9,
+    ),
+    "gemma3-new": HfTiny(
+        "gemma3_text",
+        dtype="BF16",
+        bias=True,
+        config={
+            "layer_types": _KINDS,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "use_bidirectional_attention": False,
+        },
+        seed=10,
+    ),
+    "llama-nf4": HfTiny(four_bit="nf4", nested=True, seed=11),
+    "llama-fp4": HfTiny(dtype="F16", four_bit="fp4", seed=12),
+}
+
+
+def shapes(model_type: str, tied: bool, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every weight's name and shape."""
+    dim = HEAD_DIM[model_type]
+    queries, keys = HEADS * dim, KV_HEADS * dim
+    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
+    yield "model.norm.weight", (HIDDEN,)
+    if not tied:
+        yield "lm_head.weight", (VOCAB, HIDDEN)
+    linear = {"q": (queries, HIDDEN), "k": (keys, HIDDEN), "v": (keys, HIDDEN), "o": (HIDDEN, queries)}
+    mlp = {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
+    norms = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
+    if model_type == "gemma3_text":
+        norms |= {"pre_feedforward_layernorm": HIDDEN, "post_feedforward_layernorm": HIDDEN}
+        norms |= {"self_attn.q_norm": dim, "self_attn.k_norm": dim}
+    for i in range(LAYERS[model_type]):
+        block = f"model.layers.{i}"
+        for part, table, biased in (
+            ("self_attn", linear, bias),
+            ("mlp", mlp, bias and model_type == "llama"),
+        ):
+            for name, shape in table.items():
+                yield f"{block}.{part}.{name}_proj.weight", shape
+                if biased:
+                    yield f"{block}.{part}.{name}_proj.bias", shape[:1]
+        for name, size in norms.items():
+            yield f"{block}.{name}.weight", (size,)
+
+
+def as_stored(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """f32 values as the element type's; BF16 as uint16, cut off after 16 bits."""
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype({"F32": np.float32, "F16": np.float16}[dtype])
+
+
+def as_float(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """What `as_stored` stores, as f32."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def pack_four_bit(
+    name: str, values: npt.NDArray[np.float32], kind: str, *, nested: bool, blocksize: int = 64
+) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+    """A weight as bitsandbytes stores it: codes of nearest values, absmax per block, and what says so."""
+    codebook = np.array(CODEBOOKS[kind], np.float32)
+    blocks = values.reshape(-1, blocksize)
+    absmax = np.abs(blocks).max(axis=1).astype(np.float32)
+    codes = (
+        np.abs((blocks / absmax[:, None])[..., None] - codebook)
+        .argmin(axis=-1)
+        .astype(np.uint8)
+        .reshape(-1, 2)
+    )
+    state: dict[str, Any] = {
+        "quant_type": kind,
+        "blocksize": blocksize,
+        "dtype": "float32",
+        "shape": list(values.shape),
+    }
+    parts: dict[str, tuple[str, npt.NDArray[Any]]] = {
+        name: ("U8", (codes[:, :1] << 4) | codes[:, 1:]),
+        f"{name}.quant_map": ("F32", codebook),
+    }
+    if nested:
+        nested_map = np.linspace(-1, 1, 256, dtype=np.float32)
+        offset = float(absmax.mean())
+        padded = np.zeros(-(-absmax.size // 256) * 256, np.float32)
+        padded[: absmax.size] = absmax - np.float32(offset)
+        outer = np.abs(padded.reshape(-1, 256)).max(axis=1).astype(np.float32)
+        scaled = (padded.reshape(-1, 256) / outer[:, None]).reshape(-1)[: absmax.size]
+        inner = np.abs(scaled[:, None] - nested_map).argmin(axis=1).astype(np.uint8)
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        parts |= {
+            f"{name}.absmax": ("U8", inner),
+            f"{name}.nested_absmax": ("F32", outer),
+            f"{name}.nested_quant_map": ("F32", nested_map),
+        }
+    else:
+        parts[f"{name}.absmax"] = ("F32", absmax)
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return {**parts, f"{name}.quant_state.bitsandbytes__{kind}": ("U8", text)}
+
+
+def write_weights(folder: Path, tensors: Mapping[str, tuple[str, npt.NDArray[Any]]], shards: int = 1) -> None:
+    """``model.safetensors``, or as many shards with their index; BF16 comes as uint16."""
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", tensors)
+        return
+    names = sorted(tensors)
+    places = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        places |= dict.fromkeys(names[i::shards], file)
+        write_safetensors(folder / file, {name: tensors[name] for name in names[i::shards]})
+    total = sum(array.nbytes for _, array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, npt.NDArray[Any]]]) -> None:
+    """One file by the library, which knows no BF16 of numpy: those go through its header as U16, renamed there."""
+    save_file(
+        {name: np.ascontiguousarray(array) for name, (_, array) in tensors.items()}, path, {"format": "pt"}
+    )
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    for name, (dtype, _) in tensors.items():
+        header[name]["dtype"] = dtype
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As Transformers writes it."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
