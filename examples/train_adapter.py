@@ -8,14 +8,14 @@ The model learns to turn a sentence about a product into a price label:
     item: scarf; color: red; material: wool; price: 12 EUR
 
 It learns from the sentences below, on the very weights that rlxc runs: those of the file, decoded to f32. They stay as
-they are; only the adapter's matrices move, so the adapter undoes what little harm quantising does here, too (QLoRA,
-Dettmers et al. 2023). Before and after, the script lets the model go on from sentences that it never learned from.
+they are, and only the adapter's matrices move (QLoRA, Dettmers et al. 2023). Before and after, the script lets the
+model go on from sentences that it never learned from.
 
 The result is a folder as PEFT writes it: ``adapter_config.json`` and ``adapter_model.safetensors`` (bf16). Training
 is seeded, and gives the same adapter again on the same machine with the same number of threads. Attach it with
 ``rlxc compile model.gguf -o model.rlx --lora adapter``.
 
-Needs ``pip install rlxc[train]`` (PyTorch, Transformers, PEFT), and about 4 GB of memory.
+Needs ``pip install rlxc[train]`` (PyTorch, Transformers, PEFT), and about 5 GB of memory.
 """
 
 from __future__ import annotations

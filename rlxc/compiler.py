@@ -41,7 +41,7 @@ from rlxc.ir.text import show_recipe
 from rlxc.models import Config
 from rlxc.passes import LoraMode, PipelineResult, WeightChanges, default_passes, run_passes
 from rlxc.reading import read_model
-from rlxc.vocab import build_tokenizer
+from rlxc.vocab import tokenizer_of
 from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf_writer import adapter_bytes
 from rlxc.weights.source import open_model
@@ -116,7 +116,7 @@ def compile(
         adapted = adapt(wishes, graph, config, registry, trace)
         result = _lower(graph, engine.features, context, adapted.changes, trace=trace)
         plan = _lora_plan(result, engine.features, activations, lora_rank)
-        tokenizer = build_tokenizer(file.metadata, source=file.path)
+        tokenizer = tokenizer_of(file.path, file.metadata, rows=config.vocab)
         if tokenizer.vocab_size > config.vocab:
             raise ModelError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows",

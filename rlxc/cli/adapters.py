@@ -40,7 +40,8 @@ FoldTo = Annotated[
 Quantize = Annotated[
     str,
     typer.Option(
-        metavar="FORMAT", help=f"Encode the model's matrices anew: none, {', '.join(_NARROW)}.",
+        metavar="FORMAT",
+        help=f"Encode the model's matrices anew: none, {', '.join(_NARROW)}.",
     ),
 ]
 

@@ -41,6 +41,7 @@ def bench(
       rlxc bench gemma.rlx --profile --batch 8
       rlxc bench gemma.rlx --batch 8 --lora one.gguf --lora two.gguf
     """  # noqa: D301  (a backspace character keeps the lines of the example apart)
+    from rlxc.cli.adapter_costs import measure_adapters
     from rlxc.cli.measuring import Bench, bytes_per_token, streaming_bandwidth, table, to_json
     from rlxc.runtime.threads import choose_threads
 
@@ -59,7 +60,7 @@ def bench(
             report["batch"] = {"sequences": batch, "tokens": max_tokens, "tokens_per_second": rates}
             report["batch"]["ratio"] = rates.median / decode.median
         if adapters:
-            report["adapters"] = measured.adapters(adapters, max_tokens, batch)
+            report["adapters"] = measure_adapters(session, adapters, max_tokens, batch, repetitions, progress)
         used = choose_threads(threads)
         bandwidth, read = streaming_bandwidth(used), bytes_per_token(session.artifact.manifest)
         report["memory"] = {

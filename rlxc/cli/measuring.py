@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.artifact import Artifact, Manifest
+from rlxc.cli.adapter_costs import lines
 from rlxc.errors import ContextError, OptionError, SessionError
 from rlxc.runtime.cpu import choose_library
 
@@ -235,6 +236,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         if stage == "batch":
             line += f"; {facts['sequences']} sequences together, {facts['ratio']:.2f} times one"
         yield line
+    if "adapters" in report:
+        yield from lines(report["adapters"], report.get("batch", {}).get("sequences"))
     memory = report["memory"]
     yield (
         f"memory  {memory['gigabytes_per_second']:6.1f} GB/s read by numpy in {memory['threads']} threads; "

@@ -33,7 +33,7 @@ _SPACE = "\u2581"  # what SentencePiece writes for a space
 _MAX_TOKEN = 1024  # characters; deriving a merge is quadratic in them
 
 # Tokens that end a turn wherever they occur, whatever type the file gives them.
-_END_TEXTS = frozenset(
+END_TEXTS = frozenset(
     [
         *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
         *(
@@ -157,7 +157,7 @@ class _Vocabulary:
         if len(ids) != len(tokens):
             i, text = next((i, text) for i, text in enumerate(tokens) if ids[text] != i)
             raise ModelError(f"tokens {i} and {ids[text]} are both {_shown(text)}", source=keys.source)
-        for text in _END_TEXTS & ids.keys():
+        for text in END_TEXTS & ids.keys():
             types[ids[text]] = _CONTROL
         return cls(tokens, types, ids)
 
@@ -406,7 +406,7 @@ def _end_ids(keys: _Metadata, vocabulary: _Vocabulary, eos_id: int | None) -> tu
     vocabulary it is an HTML tag.
     """
     named = [eos_id, *(keys.token_id(name, len(vocabulary.tokens)) for name in _END_KEYS)]
-    texts = {vocabulary.ids[text] for text in _END_TEXTS & vocabulary.ids.keys()}
+    texts = {vocabulary.ids[text] for text in END_TEXTS & vocabulary.ids.keys()}
     closing = vocabulary.ids.get("</s>")
     if closing is not None and vocabulary.types[closing] == _CONTROL:
         texts.add(closing)

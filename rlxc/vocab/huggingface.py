@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from rlxc.errors import FormatError, ModelError, UnsupportedError
-from rlxc.vocab.build import _END_TEXTS, TokenizerFiles
+from rlxc.vocab.build import END_TEXTS, TokenizerFiles
 from rlxc.vocab.templates import DEFAULT_TEMPLATES
 
 _TOKENIZER, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -230,7 +230,7 @@ def _end_ids(
 ) -> tuple[int, ...]:
     """Every token that ends generation: the tokenizer's own, those of the settings, then those known by their text."""
     special = {token["content"] for token in document.get("added_tokens") or () if token.get("special")}
-    texts: Iterable[int] = sorted(ids[text] for text in _END_TEXTS & ids.keys())
+    texts: Iterable[int] = sorted(ids[text] for text in END_TEXTS & ids.keys())
     closing = [ids["</s>"]] if "</s>" in special else []
     known = [eos_id, *settings.numbers("eos"), *texts, *closing]
     return tuple(dict.fromkeys(i for i in known if i is not None))

@@ -32,6 +32,6 @@ __all__ = [
     "TiedAlias",
     "WeightKind",
     "WeightRegistry",
-    "open_gguf",
     "base_registry",
+    "open_gguf",
 ]

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.errors import FormatError, ModelError, OptionError, WeightError
+from rlxc.errors import FormatError, ModelError, OptionError, UnsupportedError, WeightError
 from rlxc.weights.gguf_header import DAMAGED, quote
 from rlxc.weights.names import layer_of, to_huggingface
 
@@ -171,6 +171,28 @@ class Adapter:
     def uses_dora(self) -> bool:
         """Whether any target has a magnitude."""
         return any(pair.magnitude is not None for pair in self.pairs.values())
+
+    def apply(self, tensor: str, x: Floats) -> Floats | None:
+        """What the adapter adds to a tensor's product with ``x``: f32 ``[..., out]``, or None if it has no such target.
+
+        Args:
+            tensor: the base model's tensor, by its GGUF name.
+            x: f32 ``[..., in]``.
+
+        Raises:
+            UnsupportedError: the target has a magnitude (DoRA), which takes the base weight.
+            WeightError: ``x`` has another last dimension.
+        """
+        pair = self.pairs.get(tensor)
+        if pair is None:
+            return None
+        if pair.magnitude is not None:
+            raise UnsupportedError(
+                f"{tensor} is changed by DoRA, which adds nothing to a product",
+                source=self.source,
+                remedy="fold the adapter",
+            )
+        return pair.apply(x)
 
     def arrays(self) -> Mapping[str, Floats]:
         """Every array, by the key it is registered under: ``{tensor}.{name}.lora_a`` and so on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,17 @@ from rlxc.runtime.logits import Floats
 _ALIGNMENT = 64
 
 
-def private_memory(size: int) -> npt.NDArray[np.int8]:
+def private_memory(size: int, *, large_pages: bool = False) -> npt.NDArray[np.int8]:
     """Zeros, which a forked process has to itself: by default, such a mapping is shared with it.
 
-    They begin at a page's start, and pages that nobody touches take no memory.
+    They begin at a page's start, and pages that nobody touches take no memory. Large pages, where the system has them,
+    are read faster when what is read lies in many short pieces.
     """
-    return np.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), np.int8)
+    mapping = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.int8)
 
 
 def align(size: int) -> int:

@@ -50,8 +50,7 @@ LOGITS = Path(__file__).parent.parent / "data" / "hf_logits.npz"
 # Logits have a standard deviation of 1. Transformers computes in f32, which is 5e-6 off at most.
 TOLERANCE = 5e-5
 
-Q, K, V = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
-UP = "model.layers.0.mlp.up_proj.weight"
+V = "model.layers.0.self_attn.v_proj.weight"
 
 
 @pytest.fixture(scope="session")

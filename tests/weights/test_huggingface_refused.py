@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hf_folders import (
     CONTEXT,
+    FFN,
     HEADS,
+    HIDDEN,
     VARIANTS,
     VOCAB,
     HfTiny,

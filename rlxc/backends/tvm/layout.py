@@ -4,7 +4,7 @@ Sixteen rows make a tile, because sixteen sums fill a vector register. In a tile
 side, since one instruction multiplies and adds four; eight such groups make a block of 32 columns. Codes keep their
 width: they are cut into planes of 1, 2, 4 or 8 bits (five bits are four and one), and a plane of ``w`` bits takes
 ``w`` vectors of 64 bytes for a block, in which group ``g`` has the bits from ``g // w * w`` on of vector ``g % w``.
-Scales lie as they are stored in the model file, f16 and small integers, sixteen rows side by side, an integer in a
+Scales lie as they are stored in the model file, floats and small integers, sixteen rows side by side, an integer in a
 byte. So every number of a weight is exact, it takes the bytes it had (2 to 4 % more in Q3_K to Q5_K, 19 % in Q2_K,
 whose integers are narrower), and a kernel reads each byte once, in order.
 """
@@ -83,8 +83,8 @@ class _Layout(ABC):
 class PackedLayout(_Layout):
     """A packed weight ``[rows, columns]``.
 
-    Sections: ``codes``; ``scale`` and ``minimum``, f16 per block of the format; ``scale_factors`` and
-    ``minimum_factors``, the integers that multiply them in each sub-block.
+    Sections: ``codes``; ``scale`` and ``minimum``, a float per block of the format, f16 or as the format has it;
+    ``scale_factors`` and ``minimum_factors``, the integers that multiply them in each sub-block.
     """
 
     dtype: DType
@@ -121,6 +121,17 @@ class PackedLayout(_Layout):
         return (1 << self.bits) - 1
 
     @property
+    def has_integers(self) -> bool:
+        """Whether codes stand for integers, which int8 activations can be multiplied with as they are."""
+        return self.format.codebook is None
+
+    @property
+    def scale_type(self) -> str:
+        """The type of the scales of blocks, and of the minimums, as kernels call it."""
+        assert self.format.scale is not None
+        return self.format.scale.base.name
+
+    @property
     def has_factors(self) -> bool:
         """Whether integers per sub-block multiply the scales."""
         return self.format.scale is not None and self.format.scale.factors is not None
@@ -138,7 +149,7 @@ class PackedLayout(_Layout):
         for name, scale in (("scale", format.scale), ("minimum", format.minimum)):
             if scale is None:
                 continue
-            sizes[name] = self.columns // format.block_size * 2 * TILE
+            sizes[name] = self.columns // format.block_size * scale.base.itemsize * TILE
             if scale.factors is not None:
                 sizes[f"{name}_factors"] = self.columns // format.sub_block * TILE
         return sizes

@@ -224,8 +224,9 @@ class _Lowering:
             place = self._new(node.outputs[0])
             out, output_stride = place.argument, place.stride
         shape = {"rows": layout.rows, "columns": columns, "stride": output_stride, "bias": bool(bias)}
-        if isinstance(layout, PackedLayout) and self.int8:
-            activations = self._round(x, QuantisedRow.of(layout, self.vectors))
+        rounded = self._int8_layout(node)
+        if rounded is not None:
+            activations = self._round(x, QuantisedRow.of(rounded, self.vectors))
             kernel = self.tuned.make("matmul", amount, lora=lora, dtype=layout.dtype.value, **shape)
         else:
             place = self._place(x)
@@ -427,7 +428,7 @@ class _Lowering:
         if not self.int8 or not isinstance(node.op, ops.DequantMatMul | ops.LoraMatMul):
             return None
         layout = self.weights.stored[node.inputs[1]].layout
-        return layout if isinstance(layout, PackedLayout) else None
+        return layout if isinstance(layout, PackedLayout) and layout.has_integers else None
 
     # --- places --------------------------------------------------------------------------------------------------
 

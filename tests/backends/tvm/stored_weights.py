@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 from random_tensors import random_bytes
 
 from rlxc.backends.tvm.layout import Bytes, Layout, in_tiles, layout_of
 from rlxc.dtypes import DType
-from rlxc.weights.formats import FORMATS
+from rlxc.weights.formats import FORMATS, GGML_FORMATS
 
 PACKED = [dtype for dtype in DType if dtype.is_packed]
+INTEGERS = [dtype for dtype in PACKED if FORMATS[dtype].codebook is None]
 FLOATS = [DType.F32, DType.F16, DType.BF16]
 
 
@@ -26,8 +28,13 @@ class StoredWeight:
 
     @property
     def decoded(self) -> npt.NDArray[np.float32]:
-        """The weights, ``[rows, columns]``."""
-        return FORMATS[self.layout.dtype].decode(self.data, self.layout.columns)
+        """The weights, ``[rows, columns]``: gguf's judgement, or the table's on formats that GGUF files have not."""
+        fmt = FORMATS[self.layout.dtype]
+        if fmt not in GGML_FORMATS.values():
+            return fmt.decode(self.data, self.layout.columns)
+        if fmt.dtype is DType.F32:
+            return self.data.view(np.float32)
+        return np.asarray(gguf.dequantize(self.data, fmt.ggml_type), np.float32)
 
 
 def random_weight(dtype: DType, rows: int, columns: int, seed: int = 0) -> StoredWeight:
@@ -38,7 +45,9 @@ def random_weight(dtype: DType, rows: int, columns: int, seed: int = 0) -> Store
     blocks = data.reshape(-1, fmt.block_bytes)
     for scale in (fmt.scale, fmt.minimum):
         if scale is not None:
-            blocks[:, scale.offset + 1] ^= rng.choice(np.array([0, 0x80], np.uint8), len(blocks))
+            blocks[:, scale.offset + scale.base.itemsize - 1] ^= rng.choice(
+                np.array([0, 0x80], np.uint8), len(blocks)
+            )
     layout = layout_of(dtype, rows, columns)
     return StoredWeight(layout, data, store(layout, [data]))
 

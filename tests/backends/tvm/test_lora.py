@@ -1,4 +1,4 @@
-"""Side paths against float64, on units laid out by hand: what a unit lacks, and what lies around it, is all ones: NaN."""
+"""Side paths against float64, on units laid out by hand; what a unit lacks, and what lies around it, is NaN."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Units:
 
 
 def expected_u(units: Units, x: Doubles, sequences: int) -> tuple[Doubles, Doubles]:
-    """u ``[tokens, 3 parts, 3 units, 16]`` of the product's parts, NaN where nothing is; and its terms' magnitudes."""
+    """The product's u ``[tokens, 3 parts, 3 units, 16]``, NaN where nothing is; and its terms' magnitudes."""
     starts, _, scales = units.stacks(sequences)
     u = np.full((len(x), len(SIZES), 3, 16), np.nan)
     size = np.zeros_like(u)

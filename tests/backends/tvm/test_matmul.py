@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from host import HERE, each_target
-from stored_weights import PACKED, StoredWeight, random_weight
+from stored_weights import INTEGERS, StoredWeight, random_weight
 
 from rlxc.backends.tvm.kernels.activations import QuantisedRow
 from rlxc.backends.tvm.kernels.matmul import matmul_kernel
@@ -118,7 +118,7 @@ def check(
     assert (out[:, rows:] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_product_is_what_the_formula_says(run_kernel: Any, dtype: DType) -> None:
     weight = random_weight(dtype, ROWS, COLUMNS)
     for tokens in range(1, 15):
@@ -126,7 +126,7 @@ def test_product_is_what_the_formula_says(run_kernel: Any, dtype: DType) -> None
 
 
 @each_target
-@pytest.mark.parametrize("dtype", [DType.Q4_0, DType.Q5_1, DType.Q8_0, DType.Q2_K, DType.Q6_K])
+@pytest.mark.parametrize("dtype", [DType.Q4_0, DType.Q5_1, DType.Q8_0, DType.Q2_K, DType.Q6_K, DType.INT4])
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
     weight = random_weight(dtype, ROWS, COLUMNS)
     for tokens in (1, 10):

@@ -66,7 +66,7 @@ def test_product_is_that_of_the_decoded_weights(run_kernel: Any, dtype: DType) -
 
 
 @each_target
-@pytest.mark.parametrize("dtype", [DType.Q5_1, DType.Q8_0, DType.Q3_K, *FLOATS])
+@pytest.mark.parametrize("dtype", [DType.Q5_1, DType.Q8_0, DType.Q3_K, DType.NF4, DType.FP4, *FLOATS])
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
     weight = random_weight(dtype, ROWS, 256)
     for tokens in (1, 3):

@@ -7,6 +7,7 @@ from typing import Any
 from tvm.tirx import Cast, const
 from tvm.tirx.script.builder import ir as T
 
+from rlxc.backends.tvm.kernels.codebook import table_of
 from rlxc.backends.tvm.kernels.kernel import (
     Buffer,
     Expr,
@@ -16,6 +17,7 @@ from rlxc.backends.tvm.kernels.kernel import (
     bind,
     for_rows,
     serial,
+    size_of,
     view,
 )
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, FloatLayout, Layout, PackedLayout
@@ -57,14 +59,15 @@ def _float_row(layout: FloatLayout, table: Buffer, id: Expr, out: Buffer, start:
 def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, start: Expr) -> None:
     format, words = layout.format, view(table, "int32")
     tile, lane = bind(id >> 4), bind(id & 15)
-    halves = view(table, "float16")
+    floats, size = view(table, layout.scale_type), size_of(layout.scale_type)
+    codebook = table_of(format.codebook or ())
 
     def place(section: str) -> Expr:
         found = layout.sections[section]
         return found.offset + tile * found.tile_bytes
 
     def scale(name: str, block: Expr, sub_block: Expr) -> Expr:
-        value = Cast("float32", halves[place(name) // 2 + block * TILE + lane])
+        value = Cast("float32", floats[place(name) // size + block * TILE + lane])
         if layout.has_factors:
             factor = table[place(f"{name}_factors") + sub_block * TILE + lane]
             value = value * Cast("float32", factor)
@@ -84,7 +87,8 @@ def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, star
             word = _word(layout, words, codes + block * (layout.bits * TILE), group)
             for i in range(4):
                 code = (word >> (8 * i)) & 0xFF
-                value = Cast("float32", code + format.code_min) * found["scale"]
+                number = codebook[code] if format.codebook else Cast("float32", code + format.code_min)
+                value = number * found["scale"]
                 if format.has_mins:
                     value = value - found["minimum"]
                 T.buffer_store(out, value, [start + block * BLOCK + group * 4 + i])

@@ -133,6 +133,11 @@ def view(buffer: Buffer, dtype: str) -> Buffer:
     return T.decl_buffer((1 << 40,), dtype, data=buffer.data)
 
 
+def size_of(dtype: str) -> int:
+    """Bytes of an element."""
+    return {"int8": 1, "float16": 2, "float32": 4}[dtype]
+
+
 def prefetch(buffer: Buffer, at: Expr) -> None:
     """Ask for the cache line of an element that will be read."""
     T.evaluate(call_llvm_intrin("void", "llvm.prefetch.p0", address_of(buffer[at]), *_PREFETCH))

@@ -32,6 +32,7 @@ from rlxc.backends.tvm.kernels.kernel import (
     parallel,
     prefetch,
     serial,
+    size_of,
     when,
 )
 from rlxc.backends.tvm.kernels.vector import Vectors
@@ -47,6 +48,9 @@ _CHUNK, _SHARING = 32, (8, 4, 1)
 
 # One token's sums over columns are spread over so many registers, to hide the latency of adding.
 _CHAINS = 4
+
+# How far ahead one token asks for A, in bytes, and the bytes that come at a time.
+_AHEAD, _LINE = 2048, 64
 
 # One thread multiplies so many numbers of A in the two microseconds that a parallel region must save.
 _SERIAL_NUMBERS = 4096
@@ -91,7 +95,7 @@ def lora_down_kernel(vectors: Vectors, down: LoraDown, *, stride: int) -> Kernel
     whether the first part is there, and the first part's A; starts int32 ``[sequences + 1]``; units int64 and scales
     f32 ``[uses]``; u; the numbers of sequences and of tokens in each one's step.
     """
-    size = _size(down.element)
+    size = size_of(down.element)
 
     def body(
         x: Buffer,
@@ -125,7 +129,7 @@ def lora_down_kernel(vectors: Vectors, down: LoraDown, *, stride: int) -> Kernel
                     rows = [bind(token * stride) for token in tokens]
                     outs = [((token * down.parts + part) * down.units + depth) * RANKS for token in tokens]
                     for rank in range(0, RANKS, vectors.lanes):
-                        sums = _sums(vectors, down.columns, x, rows, downs, begin + rank)
+                        sums = _sums(vectors, down.columns, x, rows, downs, begin + rank, size)
                         for out, total in zip(outs, sums):
                             vectors.store(u, out + rank, total * vectors.splat(scale))
 
@@ -152,7 +156,7 @@ def lora_down_kernel(vectors: Vectors, down: LoraDown, *, stride: int) -> Kernel
 
 
 def _sums(
-    vectors: Vectors, columns: int, x: Buffer, rows: Sequence[Expr], downs: Buffer, start: Expr
+    vectors: Vectors, columns: int, x: Buffer, rows: Sequence[Expr], downs: Buffer, start: Expr, size: int
 ) -> list[Expr]:
     """The sums over all columns, of some ranks of A from ``start`` on, for tokens whose x begin at ``rows``."""
     chains = _CHAINS if len(rows) == 1 else 1
@@ -165,6 +169,9 @@ def _sums(
             total.set(vectors.fma(a, vectors.splat(x[row + column]), total.get()))
 
     with serial(columns // chains) as index:
+        if len(rows) == 1:
+            for number in range(0, chains * RANKS, _LINE // size):
+                prefetch(downs, start + index * (chains * RANKS) + _AHEAD // size + number)
         for chain in range(chains):
             add(index * chains + chain, chain)
     for column in range(columns // chains * chains, columns):
@@ -255,14 +262,14 @@ class UpTile:
         begins = [part.first_tile for part in up.parts]
         ends = [part.first_tile + part.tiles for part in up.parts]
         self._low, self._high = bind(_reached(tile, ends)), bind(_reached(tile, begins))
-        size = _size(up.element)
+        size = size_of(up.element)
         self._places = _table(
             [(tile - part.first_tile) * _TILE_NUMBERS + part.place // size for part in up.parts]
         )
 
     def prefetch(self) -> None:
         """Ask for all that will be added to the tile: it is read only when the product's sums are known."""
-        size = _size(self._up.element)
+        size = size_of(self._up.element)
         with when(self._any), serial(self._sequences) as sequence:
 
             def ask(part: Expr, unit: Expr, depth: Expr) -> None:
@@ -339,7 +346,7 @@ class UpTile:
 
     def _begin(self, part: Expr, unit: Expr) -> Expr:
         """Where a unit's B for the tile begins."""
-        return T.truncdiv(unit, _size(self._up.element)) + self._places[part]
+        return T.truncdiv(unit, size_of(self._up.element)) + self._places[part]
 
 
 def lora_embed_kernel(
@@ -352,7 +359,7 @@ def lora_embed_kernel(
     ``[sequences + 1]``; units int64 and scales f32 ``[uses]``; y f32, ``out_stride``, a multiple of 16, numbers from
     token to token; the numbers of sequences and of tokens in each one's step.
     """
-    size = _size(element)
+    size = size_of(element)
     tiles = -(-columns // TILE)
 
     def body(
@@ -426,7 +433,3 @@ def _table(values: Sequence[Expr]) -> Buffer:
     for index, value in enumerate(values):
         T.buffer_store(table, value, [index])
     return table
-
-
-def _size(element: Element) -> int:
-    return 2 if element == "float16" else 4

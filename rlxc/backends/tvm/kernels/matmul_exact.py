@@ -1,6 +1,7 @@
 """``y = x W^T + bias`` with f32 activations: weights in float formats, and packed ones when nothing may be rounded.
 
-Each weight becomes an f32 in a register, where all tokens of a pass multiply it; sums are f32.
+Each weight becomes an f32 in a register, where all tokens of a pass multiply it; sums are f32. Formats with a codebook
+are multiplied so even if activations are rounded elsewhere: a codebook's values are no integers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from tvm.tirx import Cast
 
+from rlxc.backends.tvm.kernels.codebook import Codebook
 from rlxc.backends.tvm.kernels.kernel import (
     Buffer,
     Expr,
@@ -155,11 +157,12 @@ class _Product:
         if minimum is not None and layout.has_factors:
             minimum = bind(minimum * reader.minimum_factor(sub_block))
         low = vectors.splat(layout.format.code_min, "int32")
+        codebook = Codebook(vectors, layout.format.codebook) if layout.format.codebook else None
         for group in groups_of(layout.format.sub_block, part):
             words = bind(vectors.as_words(reader.codes(block, group)))
             for i in range(BLOCK // GROUPS):
                 code = (words >> vectors.splat(8 * i, "int32")) & vectors.splat(0xFF, "int32")
-                weight = vectors.floats(code + low) * scale
+                weight = (codebook[code] if codebook else vectors.floats(code + low)) * scale
                 if minimum is not None:
                     weight = weight - minimum
                 column = block * BLOCK + group * (BLOCK // GROUPS) + i

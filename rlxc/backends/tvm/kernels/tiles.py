@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, prefetch, view
+from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, prefetch, size_of, view
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
 
@@ -25,7 +25,7 @@ class TileReader:
     ) -> None:
         self.vectors, self.layout, self._first, self._tile = vectors, layout, first, tile
         self._bytes = weight
-        self._halves = view(weight, "float16")
+        self._floats = view(weight, layout.scale_type)
 
     def codes(self, block: Expr, group: int) -> Expr:
         """The unsigned codes of a group: ``uint8 [rows, 4]``."""
@@ -54,12 +54,12 @@ class TileReader:
             prefetch(self._bytes, start + line * _GROUP_BYTES)
 
     def scale(self, block: Expr) -> Expr:
-        """The f16 scale of a block of the format, as f32."""
-        return self._half("scale", block)
+        """The scale of a block of the format, as f32."""
+        return self._float("scale", block)
 
     def minimum(self, block: Expr) -> Expr:
-        """The f16 minimum of a block of the format, as f32."""
-        return self._half("minimum", block)
+        """The minimum of a block of the format, as f32."""
+        return self._float("minimum", block)
 
     def scale_factor(self, sub_block: Expr) -> Expr:
         """The integer that multiplies the scale in a sub-block, as f32."""
@@ -73,9 +73,9 @@ class TileReader:
         start = self._start("codes") + 4 * self._first
         return self.vectors.load_bytes(self._bytes, start + (block * self.layout.bits + index) * _GROUP_BYTES)
 
-    def _half(self, section: str, index: Expr) -> Expr:
-        start = self._start(section) // 2 + self._first
-        return self.vectors.floats(self.vectors.load(self._halves, start + index * TILE))
+    def _float(self, section: str, index: Expr) -> Expr:
+        start = self._start(section) // size_of(self.layout.scale_type) + self._first
+        return self.vectors.floats(self.vectors.load(self._floats, start + index * TILE))
 
     def _factor(self, section: str, index: Expr) -> Expr:
         start = self._start(section) + self._first
