@@ -71,11 +71,11 @@ class ChooseLoraStrategy(Pass):
         """See the class.
 
         Raises:
-            OptionError: split was asked for, and a matrix can only be folded.
+            OptionError: split was asked for and a matrix can only be folded, or the other way round.
         """
         choices = {
-            name: self._choose(graph.stored(graph.weight[name]), deltas)
-            for name, deltas in self.changes.items()
+            name: self._choose(name, graph.stored(graph.weight[name]), changes)
+            for name, changes in self.changes.items()
         }
         if not choices:
             return PassResult(graph, False)
@@ -84,17 +84,25 @@ class ChooseLoraStrategy(Pass):
         }
         return PassResult(graph, False, facts={"lora_strategy": facts})
 
-    def _choose(self, weight: Weight, changes: Sequence[Change]) -> _Choice:
+    def _choose(self, name: str, weight: Weight, changes: Sequence[Change]) -> _Choice:
         only_folds = _needs_fold(changes)
+        activated = any(isinstance(change, Delta) and change.activated for change in changes)
+        if activated and (only_folds or self.mode == "fold"):
+            raise OptionError(
+                f"an adapter of {name} cannot be folded: it acts only after its invocation tokens",
+                remedy="split it (lora mode split), without adapters that have to be folded",
+            )
         if only_folds and self.mode == "split":
             raise OptionError(
-                f"an adapter changes {weight.name} as no side path can: {only_folds}",
+                f"an adapter changes {name} as no side path can: {only_folds}",
                 remedy="fold it (lora mode fold or auto)",
             )
         if only_folds:
             return _Choice(True, only_folds)
         if self.mode != "auto":
             return _Choice(self.mode == "fold", f"{self.mode} was asked for")
+        if activated:
+            return _Choice(False, "it acts only after its invocation tokens")
         dtype = self.to.get(weight.name, weight.type.dtype)
         rows, columns = map(int, weight.type.shape)
         rank = sum(-(-change.rank // _UNIT) * _UNIT for change in changes if isinstance(change, Delta))

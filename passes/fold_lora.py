@@ -17,7 +17,7 @@ from rlxc.passes.quantize_weights import with_op
 class Delta:
     """An adapter adds ``scale * B A`` to a matrix; their tensors are called ``a`` and ``b`` and have this rank.
 
-    ``magnitude`` is DoRA's, if there is one.
+    ``magnitude`` is DoRA's, if there is one. An ``activated`` one acts only from certain tokens of a text on.
     """
 
     a: str
@@ -25,11 +25,12 @@ class Delta:
     rank: int
     scale: float
     magnitude: str | None = None
+    activated: bool = False
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """An adapter puts a whole matrix in the place of the model's."""
+    """An adapter puts a whole matrix, or a norm's vector, in the place of the model's."""
 
     tensor: str
 
@@ -76,8 +77,6 @@ class FoldLora(Pass):
         is_table = any(isinstance(user.op, Embed) for user in graph.users[weight.name])
         if is_table and len(graph.users[weight.name]) > 1:
             raise GraphError(f"@{weight.name} is both table and matrix; fold before aliases are resolved")
-        rows, columns = weight.type.shape
-        out, in_ = (columns, rows) if is_table else (rows, columns)
         type_ = TensorType(DType.F32, weight.type.shape)
         result = replace(stored, name=f"{weight.name}.base")
         for number, change in enumerate(self.changes[weight.name]):
@@ -85,6 +84,8 @@ class FoldLora(Pass):
             if isinstance(change, Replacement):
                 result = Weight(name, type_, Source(change.tensor))
                 continue
+            rows, columns = weight.type.shape
+            out, in_ = (columns, rows) if is_table else (rows, columns)
             a = Weight(f"{name}.a", TensorType(DType.F32, (change.rank, in_)), Source(change.a))
             b = Weight(f"{name}.b", TensorType(DType.F32, (out, change.rank)), Source(change.b))
             magnitude = None

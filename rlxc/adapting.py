@@ -5,10 +5,9 @@ Everything here is metadata: it ends in :class:`~rlxc.passes.WeightChanges`, whi
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,16 +21,21 @@ from rlxc.ir import Graph
 from rlxc.ir.ops import DequantMatMul, MatMul
 from rlxc.models import Config
 from rlxc.passes import Change, ChooseLoraStrategy, Delta, LoraMode, Replacement, WeightChanges, run_passes
+from rlxc.runtime.adapters import checked_scale
 from rlxc.weights.adapters import Adapter, AdapterBase, check_fits, open_adapter, register
 from rlxc.weights.encode import fitting
 from rlxc.weights.registry import WeightRegistry
 
 AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
-"""A GGUF adapter or PEFT folder, with the scale that its delta is multiplied by; 1 if none is given."""
+"""A GGUF adapter or PEFT folder, with the scale that its delta is multiplied by; 1 if none is given.
+
+What an adapter brings whole (a norm, or PEFT's ``modules_to_save``) takes the model's place whatever the scale.
+"""
 
 QUANTIZE_FORMATS = ("none", *(dtype.value for dtype in WEIGHT_TYPES if dtype is not DType.F32))
 """What matrices can be encoded in."""
 
+_LARGEST_RANK = 4096
 _FOR_PRODUCTS = (DType.NF4, DType.FP4, DType.INT4)
 
 
@@ -47,18 +51,29 @@ class AdapterOptions:
 
     def __post_init__(self) -> None:
         """Check what needs no model."""
+        if isinstance(self.adapters, str) or not isinstance(self.adapters, Sequence):
+            raise OptionError(
+                f"adapters must be a list, got {self.adapters!r:.80}",
+                remedy="write [path] or [(path, scale), ...]",
+            )
         if self.mode not in get_args(LoraMode):
             raise OptionError(
                 f"lora {self.mode!r} is unknown", remedy=f"choose one of: {', '.join(get_args(LoraMode))}"
             )
         if self.mode == "fold" and not self.adapters:
             raise OptionError("there is no adapter to fold", remedy="name one, or leave the mode out")
-        if not 1 <= self.max_rank <= 4096:
-            raise OptionError(f"lora rank {self.max_rank} is outside 1..4096")
+        if type(self.max_rank) is not int or not 1 <= self.max_rank <= _LARGEST_RANK:
+            raise OptionError(
+                f"lora rank must be an integer in 1..{_LARGEST_RANK}, got {self.max_rank!r:.40}"
+            )
         if self.fold_to is not None and self.fold_to not in [dtype.value for dtype in WEIGHT_TYPES]:
             raise OptionError(
                 f"cannot fold to {self.fold_to!r}",
                 remedy=f"choose one of: {', '.join(map(str, WEIGHT_TYPES))}",
+            )
+        if self.fold_to is not None and (self.mode == "split" or not self.adapters):
+            raise OptionError(
+                f"nothing is folded to {self.fold_to}", remedy="name an adapter, and lora mode fold or auto"
             )
         if self.quantize not in QUANTIZE_FORMATS:
             raise OptionError(
@@ -88,11 +103,13 @@ class Adapted:
 
     @property
     def split(self) -> list[tuple[int, Adapter]]:
-        """The adapters that change matrices at run time, with their numbers."""
+        """What the adapters change at run time, as adapters of that alone, with their numbers."""
         kept = self.changes.split
-        return [
-            (i, adapter) for i, (adapter, _) in enumerate(self.adapters) if kept.intersection(adapter.pairs)
+        parts = [
+            (i, adapter, {name: pair for name, pair in adapter.pairs.items() if name in kept})
+            for i, (adapter, _) in enumerate(self.adapters)
         ]
+        return [(i, replace(adapter, pairs=pairs, replacements={})) for i, adapter, pairs in parts if pairs]
 
     def entries(self) -> tuple[AdapterEntry, ...]:
         """What the manifest says of them."""
@@ -154,7 +171,9 @@ def adapt(
         fold_to=fold_to,
         split=frozenset(split),
     )
-    return Adapted(changes, tuple(adapters), decisions)
+    adapted = Adapted(changes, tuple(adapters), decisions)
+    _check_rank(adapted, options.max_rank)
+    return adapted
 
 
 def lora_plan(groups: Iterable[Mapping[str, Any]], dtype: DType, max_rank: int) -> LoraPlan:
@@ -169,23 +188,54 @@ def lora_plan(groups: Iterable[Mapping[str, Any]], dtype: DType, max_rank: int) 
     )
 
 
+def _check_rank(adapted: Adapted, max_rank: int) -> None:
+    """Refuse adapters that a session of the artifact could not start with."""
+    units = sum(-(-max(adapter.ranks.values()) // UNIT_RANK) for _, adapter in adapted.split)
+    if units > -(-max_rank // UNIT_RANK):
+        needed = units * UNIT_RANK
+        raise OptionError(
+            f"the adapters have {needed} ranks, counted in units of {UNIT_RANK}; lora rank is {max_rank}",
+            remedy=f"give a lora rank of {needed} or more, or fold them",
+        )
+
+
 def _with_scale(argument: AdapterArgument) -> tuple[Path, float]:
-    path, scale = argument if isinstance(argument, tuple) else (argument, 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise OptionError(f"an adapter's scale must be a number, got {scale!r}", source=path)
-    return Path(path), float(scale)
+    path, scale = argument if isinstance(argument, tuple) and len(argument) == 2 else (argument, 1.0)
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(
+            f"an adapter must be a path, or a path and a scale, got {argument!r:.80}",
+            remedy="write [path] or [(path, scale), ...]",
+        )
+    return Path(path), checked_scale(scale)
 
 
 def _changes(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, list[Change]]:
-    """What changes each matrix, in the adapters' order."""
+    """What changes each matrix, in the adapters' order.
+
+    Raises:
+        OptionError: an adapter would undo what one before it does.
+    """
     changes: dict[str, list[Change]] = {}
     for adapter, scale in adapters:
         for tensor in adapter.replacements:
-            changes.setdefault(tensor, []).append(Replacement(f"{tensor}.{adapter.name}.replacement"))
+            if tensor in changes:
+                raise OptionError(
+                    f"replaces {tensor}, which an adapter before it changes",
+                    source=adapter.source,
+                    remedy="name it first, or leave one of them out",
+                )
+            changes[tensor] = [Replacement(f"{tensor}.{adapter.name}.replacement")]
         for tensor, pair in adapter.pairs.items():
             key = f"{tensor}.{adapter.name}"
             magnitude = None if pair.magnitude is None else f"{key}.lora_magnitude"
-            delta = Delta(f"{key}.lora_a", f"{key}.lora_b", pair.rank, scale * pair.scale, magnitude)
+            delta = Delta(
+                f"{key}.lora_a",
+                f"{key}.lora_b",
+                pair.rank,
+                scale * pair.scale,
+                magnitude,
+                activated=bool(adapter.invocation_tokens),
+            )
             changes.setdefault(tensor, []).append(delta)
     return changes
 
@@ -196,9 +246,11 @@ def _fold_formats(
     """What each matrix is encoded in if it is folded: the format asked for, or else its own."""
     result = {}
     for name in names:
-        weight = graph.stored(graph.weight[name])
-        wanted = DType(options.fold_to) if options.fold_to else formats.get(name, weight.type.dtype)
-        result[name] = fitting(wanted, int(weight.type.shape[1]))
+        given = graph.stored(graph.weight[name]).type
+        if len(given.shape) == 1:
+            continue  # a norm stays as it is stored
+        wanted = DType(options.fold_to) if options.fold_to else formats.get(name, given.dtype)
+        result[name] = fitting(wanted, int(given.shape[1]))
     return result
 
 

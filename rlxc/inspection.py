@@ -75,7 +75,7 @@ def _inspect_model(file: ModelFile) -> ModelInfo:
 
 
 def _inspect_adapter(path: Path) -> ModelInfo:
-    facts = inspect_adapter(path)
+    facts, resolved = inspect_adapter(path), path.resolve()
     details: dict[str, Any] = {
         "base_model": facts.base_model,
         "alpha": facts.alpha,
@@ -90,11 +90,12 @@ def _inspect_adapter(path: Path) -> ModelInfo:
         path=str(path),
         kind=f"LoRA adapter ({facts.kind.upper()})",
         architecture=facts.architecture or "",
-        name=path.resolve().stem,
+        name=resolved.name if path.is_dir() else resolved.stem,
         parameters=facts.parameters,
         tensor_bytes=facts.stored_bytes,
         tensors=dict(facts.formats),
-        details={key: value for key, value in details.items() if value not in (None, [], "", False)},
+        # A number is a fact even if it is 0: an alpha of 0 means a scale of 1.
+        details={key: value for key, value in details.items() if value or isinstance(value, float)},
     )
 
 
@@ -104,7 +105,7 @@ def _inspect_artifact(artifact: Artifact) -> ModelInfo:
     lora: dict[str, Any] = {}
     if manifest.lora is not None:
         plan = manifest.lora
-        matrices = Counter(part.tensor.split(".")[-2] for part in plan.parts)
+        matrices = Counter(part.tensor.removesuffix(".weight").rpartition(".")[2] for part in plan.parts)
         lora["takes_adapters"] = {
             "max_rank": plan.max_rank,
             "dtype": plan.dtype.value,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from rlxc.adapting import Adapted, AdapterArgument, AdapterOptions, adapt
 from rlxc.backends.recipes import Losses, packed_rows
 from rlxc.dtypes import DType
-from rlxc.errors import OptionError, UnsupportedError
+from rlxc.errors import ArtifactError, OptionError, UnsupportedError
 from rlxc.ir import Alias, Encode, Graph, TensorType, Weight
 from rlxc.models import Config
 from rlxc.passes.fold_lora import FoldLora
@@ -79,6 +79,8 @@ def merge(
         )
     if os.path.lexists(path) and not overwrite:
         raise OptionError("exists already", source=path, remedy="replace it, or give another path")
+    if not adapters:
+        raise OptionError("there is no adapter to merge", source=model, remedy="name one")
     to_gguf = path.suffix == ".gguf"
     if not to_gguf and fold_to not in (None, *_FLOATS):
         raise OptionError(f"a safetensors file cannot hold {fold_to}", remedy="fold to f16, bf16 or f32")
@@ -190,13 +192,19 @@ def _as_float(weight: Weight, dtype: DType) -> Weight:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only once it is complete."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """A file that has its name only once it is complete.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with os.fdopen(handle, "wb") as sink:
+        with open(temporary, "xb") as sink:
             yield sink
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot be written ({error.strerror})", source=path, remedy="give another output path"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "vocab": BASE,
     "models": BASE | {"ir", "weights"},
     "passes": BASE | {"ir"},
-    "backends": BASE | {"ir", "artifact", "weights.formats", "weights.encode"},
+    "backends": BASE | {"ir", "artifact", "weights.formats", "weights.encode", "weights.encode_keeping"},
     "runtime": BASE | {"artifact", "weights.adapters"},
 }
 MAY_IMPORT_EVERYTHING = {

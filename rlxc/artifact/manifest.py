@@ -7,7 +7,7 @@ reader follows the annotations, so that a new field needs no code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from types import MappingProxyType, UnionType
@@ -322,9 +322,28 @@ def _check_lora(manifest: Manifest) -> None:
             raise _Mismatch(f"lora.dtype must be f32 or f16, got {lora.dtype}")
         if lora.max_rank % UNIT_RANK:
             raise _Mismatch(f"lora.max_rank must be a multiple of {UNIT_RANK}, got {lora.max_rank}")
+        for i, group in enumerate(lora.groups):
+            if len({part.columns for part in group.parts}) != 1:
+                raise _Mismatch(f"lora.groups[{i}].parts must be some, and read one number of columns")
+            if group.kind == "embedding" and len(group.parts) > 1:
+                raise _Mismatch(f"lora.groups[{i}].parts must be one table, got {len(group.parts)}")
         for part in lora.parts:
             if part.first_row + part.rows > part.up_rows:
                 raise _Mismatch(f"lora: {part.tensor} does not fit into the {part.up_rows} rows of {part.up}")
+        _expect_unique((part.tensor for part in lora.parts), "lora")
+    _expect_unique((adapter.name for adapter in manifest.adapters), "adapters")
     for i, adapter in enumerate(manifest.adapters):
-        if adapter.file is not None and (lora is None or adapter.file not in manifest.files):
+        if adapter.file is None and not adapter.folded:
+            raise _Mismatch(f"adapters[{i}] is neither folded nor in a file")
+        if adapter.file is not None and adapter.file not in manifest.files:
             raise _Mismatch(f"adapters[{i}].file is {adapter.file!r}, which is not among the files")
+        if adapter.file is not None and lora is None:
+            raise _Mismatch(f"adapters[{i}].file is {adapter.file!r}, but lora is missing")
+
+
+def _expect_unique(names: Iterable[str], where: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise _Mismatch(f"{where} names {name!r:.80} twice")
+        seen.add(name)

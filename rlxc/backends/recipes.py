@@ -17,6 +17,7 @@ import numpy.typing as npt
 from rlxc.errors import UnsupportedError, WeightError
 from rlxc.ir import Concat, Encode, Fold, Source, Weight
 from rlxc.weights.encode import encode
+from rlxc.weights.encode_keeping import encode_keeping
 from rlxc.weights.formats import FORMATS
 
 Bytes = npt.NDArray[np.uint8]
@@ -103,7 +104,7 @@ def packed_rows(weight: Weight, read: ReadBytes, losses: Losses | None = None) -
             encoder = _Encoder(weight, part, read, losses)
             yield from (encoder.encoded(start, stop) for start, stop in _chunks(weight))
         case Fold() as fold:
-            folded = _folded_reader(weight, fold, read)
+            folded = _FoldedReader(weight, fold, read)
             for start, stop in _chunks(weight):
                 yield folded(start, stop).view(np.uint8)
         case _:
@@ -134,23 +135,36 @@ def _reader(weight: Weight, read: ReadBytes) -> _ReadRows:
             encoder, fmt = _Encoder(weight, part, read, None), FORMATS[weight.type.dtype]
             return lambda start, stop: fmt.decode(encoder.encoded(start, stop), columns)
         case Fold() as fold:
-            return _folded_reader(weight, fold, read)
+            return _FoldedReader(weight, fold, read)
         case _:
             raise _no_bytes(weight)
 
 
-def _folded_reader(weight: Weight, fold: Fold, read: ReadBytes) -> _ReadRows:
-    """Rows of ``base + scale * B A``, scaled to the magnitude if there is one; a row of zeros stays as it is."""
-    base = _reader(fold.base, read)
-    a, b, *others = (_reader(part, read)(0, _shape(part)[0]) for part in fold.parts[1:])
-    left, right = (a.T, b.T) if fold.transposed else (b, a)
-    with np.errstate(over="ignore"):  # what is too large is found below
-        left = left * np.float32(fold.scale)
+class _FoldedReader:
+    """Rows of ``base + scale * B A``, scaled to the magnitude if there is one; a row of zeros stays as it is.
 
-    def rows(start: int, stop: int) -> Floats:
+    Attributes:
+        base: gives the rows before anything was folded into them.
+        directions: what all adapters' products have their rows made of, f32 ``[ranks, in]``.
+    """
+
+    def __init__(self, weight: Weight, fold: Fold, read: ReadBytes) -> None:
+        self._name = weight.name
+        self._inner = _reader(fold.base, read)
+        a, b, *self._magnitude = (_reader(part, read)(0, _shape(part)[0]) for part in fold.parts[1:])
+        left, self._right = (a.T, b.T) if fold.transposed else (b, a)
+        with np.errstate(over="ignore"):  # what is too large is found below
+            self._left: Floats = left * np.float32(fold.scale)
+        self.base: _ReadRows = self._inner
+        self.directions: Floats = self._right
+        if isinstance(self._inner, _FoldedReader):
+            self.base = self._inner.base
+            self.directions = np.concatenate([self._inner.directions, self._right])
+
+    def __call__(self, start: int, stop: int) -> Floats:
         with np.errstate(all="ignore"):
-            folded: Floats = base(start, stop) + left[start:stop] @ right
-            for magnitude in others:
+            folded = self._inner(start, stop) + self._left[start:stop] @ self._right
+            for magnitude in self._magnitude:
                 lengths = np.linalg.norm(folded, axis=1, keepdims=True)
                 folded *= np.divide(
                     magnitude[start:stop], lengths, out=np.zeros_like(lengths), where=lengths > 0
@@ -158,12 +172,10 @@ def _folded_reader(weight: Weight, fold: Fold, read: ReadBytes) -> _ReadRows:
         if not np.isfinite(folded).all():
             raise WeightError(
                 "folding an adapter into it gives values that are infinite or not a number",
-                source=f"@{weight.name}",
+                source=f"@{self._name}",
                 remedy="use a model and adapters whose values are finite, and a smaller scale",
             )
         return folded
-
-    return rows
 
 
 class _Encoder:
@@ -172,20 +184,20 @@ class _Encoder:
     def __init__(self, weight: Weight, part: Weight, read: ReadBytes, losses: Losses | None) -> None:
         self.weight, self.losses = weight, losses
         self.values = _reader(part, read)
-        base = part
-        while isinstance(base.recipe, Fold):
-            base = base.recipe.base
-        self.base = None if losses is None or base is part else _reader(base, read)
+        self.folded = self.values if isinstance(self.values, _FoldedReader) else None
 
     def encoded(self, start: int, stop: int) -> Bytes:
         """The bytes ``[stop - start, row_bytes]`` of rows ``start`` to ``stop``."""
         dtype, exact = self.weight.type.dtype, self.values(start, stop)
         try:
-            packed = encode(dtype, exact)
+            if self.folded is None:
+                packed = encode(dtype, exact)
+            else:
+                packed = encode_keeping(dtype, exact, self.folded.directions)
         except WeightError as error:
             raise WeightError(error.problem, source=f"@{self.weight.name}", remedy=error.remedy) from None
         if self.losses is not None:
-            base = self.base and self.base(start, stop)
+            base = None if self.folded is None else self.folded.base(start, stop)
             self.losses.add(self.weight.name, exact, FORMATS[dtype].decode(packed, exact.shape[1]), base)
         return packed
 

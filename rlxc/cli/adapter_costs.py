@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None] | None
 
+_LEAST_CONTEXT = 3  # one token before a swap and two after it
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -46,49 +48,51 @@ class AdapterCosts:
 
 def measure_adapters(
     session: Session,
-    paths: Sequence[Path],
+    adapters: Sequence[tuple[Path, float]],
     tokens: int,
     sequences: int | None,
     repetitions: int,
     progress: Progress,
 ) -> AdapterCosts:
-    """Measure the costs of adapters, of which sequence number i of a batch uses number i modulo how many there are.
+    """Measure the costs of adapters at their scales.
+
+    Sequence number i of a batch uses number i modulo how many there are.
 
     Raises:
         OptionError: a step does not take so many sequences.
-        ContextError: the tokens do not fit the context.
+        ContextError: the tokens, or the few that a swap takes, do not fit the context.
         RlxcError: an adapter cannot be used.
     """
-    names = [session.adapters.load(path) for path in paths]
+    entries = [(session.adapters.load(path), scale) for path, scale in adapters]
     session.adapters.clear()
     ids = np.random.default_rng(0).integers(session.vocab_size, size=tokens).tolist()
 
-    def decode(name: str | None) -> Callable[[], None]:
+    def decode(*stack: tuple[str, float]) -> Callable[[], None]:
         def work() -> None:
             session.adapters.clear()
-            if name is not None:
-                session.adapters.push(name)
+            for name, scale in stack:
+                session.adapters.push(name, scale)
             session.reset()
             for token in ids:
                 session.decode(token)
 
         return work
 
-    alone = _compare("adapter", tokens, repetitions, progress, decode(None), decode(names[0]))
-    swap = _swap_seconds(session, names, ids, repetitions)
+    alone = _compare("adapter", tokens, repetitions, progress, decode(), decode(entries[0]))
+    swap = _swap_seconds(session, entries, ids, repetitions)
     batch = None
     if sequences:
         same, different = (
-            _together(session, [names[i % count] for i in range(sequences)], tokens)
-            for count in (1, len(names))
+            _together(session, [entries[i % count] for i in range(sequences)], tokens)
+            for count in (1, len(entries))
         )
         batch = _compare("batch of adapters", sequences * tokens, repetitions, progress, same, different)
     return AdapterCosts(alone, 1e6 * swap, batch)
 
 
-def _together(session: Session, names: Sequence[str], tokens: int) -> Callable[[], None]:
-    """Decodes a sequence for each of the names, all in one step."""
-    engine, count = session.engine, len(names)
+def _together(session: Session, entries: Sequence[tuple[str, float]], tokens: int) -> Callable[[], None]:
+    """Decodes a sequence with each of the adapters, all in one step."""
+    engine, count = session.engine, len(entries)
     if count > engine.max_step:
         raise OptionError(
             f"a step takes at most {engine.max_step} sequences, not {count}", remedy="measure fewer: --batch"
@@ -96,14 +100,14 @@ def _together(session: Session, names: Sequence[str], tokens: int) -> Callable[[
     if tokens > engine.context:
         raise ContextError(f"{tokens} tokens do not fit the context of {engine.context}")
     mixes = [
-        [(adapter.prepared, scale) for adapter, scale in session.adapters.stack_of([(name, 1.0)])]
-        for name in names
+        [(adapter.prepared, scale) for adapter, scale in session.adapters.stack_of([entry]) if scale]
+        for entry in entries
     ]
     ids = np.random.default_rng(0).integers(session.vocab_size, size=(tokens, count, 1))
     rows = np.zeros(1, np.int64)
 
     def work() -> None:
-        caches = [engine.new_cache() for _ in names]
+        caches = [engine.new_cache() for _ in entries]
         for step in ids:
             engine.step(caches, step, rows, mixes)
 
@@ -132,15 +136,21 @@ def _compare(
     return Comparison(statistics.median(rates[0][1:]), statistics.median(rates[1][1:]), ratio)
 
 
-def _swap_seconds(session: Session, names: Sequence[str], ids: Sequence[int], repetitions: int) -> float:
+def _swap_seconds(
+    session: Session, entries: Sequence[tuple[str, float]], ids: Sequence[int], repetitions: int
+) -> float:
     """The median time of a swap, and of what the step after it takes more than the one after that."""
+    if session.context < _LEAST_CONTEXT:
+        raise ContextError(
+            f"measuring a swap takes {_LEAST_CONTEXT} tokens, which do not fit the context of {session.context}"
+        )
     session.reset()
     session.prefill(ids[:1])
     swaps: list[float] = []
     for i in range(min(16 * repetitions, (session.context - 1) // 2)):
         started = time.perf_counter()
         session.adapters.pop()
-        session.adapters.push(names[i % len(names)])
+        session.adapters.push(*entries[i % len(entries)])
         swapped = time.perf_counter()
         session.decode(ids[0])
         first = time.perf_counter()

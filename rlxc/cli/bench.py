@@ -46,7 +46,7 @@ def bench(
     from rlxc.runtime.threads import choose_threads
 
     report: dict[str, Any] = {"model": str(model), "threads": threads, "repetitions": repetitions}
-    adapters = [path for path, _ in parse_adapters(lora)]
+    adapters = parse_adapters(lora)
     artifact = artifact_of(model, context, adapters=bool(adapters))
     with rlxc.load(artifact, threads=threads) as session, progress_bars() as progress:
         measured = Bench(session, repetitions, progress)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType, Keys
 
 from rlxc.dtypes import DType
+from rlxc.errors import WeightError
 from rlxc.weights.formats import FORMATS
 from rlxc.weights.lora import EMBEDDING, Adapter
 
@@ -67,7 +68,11 @@ def write_gguf(sink: BinaryIO, pairs: Sequence[bytes], tensors: Sequence[NewTens
 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
-    """A GGUF file of an adapter, which reads back as equal products: scales are multiplied into B, and alpha is 0."""
+    """A GGUF file of an adapter's pairs, which read back as equal products: scales are multiplied into B, alpha is 0.
+
+    Raises:
+        WeightError: a B times its scale overflows.
+    """
     pairs = [
         _pair(Keys.General.TYPE, "adapter"),
         _pair(Keys.General.ARCHITECTURE, adapter.architecture),
@@ -79,7 +84,14 @@ def adapter_bytes(adapter: Adapter) -> bytes:
         pairs.append(_pair(Keys.Adapter.ALORA_INVOCATION_TOKENS, adapter.invocation_tokens))
     tensors = []
     for target, pair in adapter.pairs.items():
-        b = np.float32(pair.scale) * pair.b
+        with np.errstate(over="ignore"):
+            b = np.float32(pair.scale) * pair.b
+        if not np.isfinite(b).all():
+            raise WeightError(
+                f"B of {target} times its scale {pair.scale:g} overflows",
+                source=adapter.source,
+                remedy="use an adapter with a smaller alpha",
+            )
         # An embedding's A is looked up by rows, and so it is stored.
         a = np.ascontiguousarray(pair.a.T) if target == EMBEDDING else pair.a
         tensors += [

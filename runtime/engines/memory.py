@@ -32,7 +32,7 @@ def align(size: int) -> int:
 
 
 def aligned(*shape: int) -> Floats:
-    """An array that begins where kernels may expect it to; it has room for one number at least."""
+    """An array that begins where kernels may expect it to."""
     size = 4 * int(np.prod(shape))
     memory = np.empty(size + _ALIGNMENT, np.int8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -38,7 +38,7 @@ class TvmAdapter:
         self.plan = plan
         self.units = max((-(-len(a) // UNIT_RANK) for a, _ in pairs.values()), default=0)
         self._memory = private_memory(max(1, self.units * plan.unit_bytes), large_pages=True)
-        # Pages whose matrices the adapter does not have are never touched.
+        # What is written: pages that are only for matrices that the adapter lacks are never touched.
         self.nbytes = self.units * len(plan.parts)
         for index, (part, place) in enumerate(zip(plan.parts, plan.unit)):
             if part.tensor in pairs:

@@ -188,9 +188,9 @@ def test_folded_matrix_in_a_stack_is_encoded_in_its_own_rows() -> None:
     expected = recipe["base"] + 0.5 * recipe["b0"] @ recipe["a0"]
     values = recipe.values()
     np.testing.assert_array_equal(values[:2], recipe["k"])
-    # Q8_0 rounds to a 127th of a block's largest value: half a step is a 254th, and the f16 scale has 11 bits.
+    # Q8_0 has steps of a 127th of a block's largest value: a code is at most one off, and the f16 scale has 11 bits.
     blocks = np.abs(expected).reshape(OUT, -1, 32).max(2).repeat(32, axis=1)
-    assert (np.abs(values[2:] - expected) <= blocks * (1 / 254 + 2**-11)).all()
+    assert (np.abs(values[2:] - expected) <= blocks * (1 / 127 + 2**-11)).all()
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

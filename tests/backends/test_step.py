@@ -148,6 +148,14 @@ weight @w: q4_0[96, 64] = concat(@a: q4_0[40, 64], @b: q4_0[56, 64])
 %rest, %z = Split(%both; sizes=(32, 64))
 %y = Silu(%z)
 """,
+    "formats of QLoRA": """
+weight @a: nf4[64, 64]
+weight @b: fp4[64, 64]
+weight @c: int4[64, 64]
+%p = DequantMatMul(%x, @a)
+%q = DequantMatMul(%p, @b)
+%y = DequantMatMul(%q, @c)
+""",
     "parts of a row": """
 weight @w: q8_0[64, 32]
 %a, %b = Split(%x; sizes=(32, 32))
@@ -171,6 +179,16 @@ def test_rows_of_a_small_graph_equal_the_interpreter(load_graph: Load, middle: s
     loaded = load_graph(between(MIDDLES[middle]))
     for tokens in (1, 5, 16):
         assert_close(loaded.run(IDS[:tokens]), loaded.interpret(IDS[:tokens]), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "fp4", "int4"])
+def test_formats_of_qlora_may_be_tables_and_products_of_rounded_activations(
+    load_graph: Load, dtype: str
+) -> None:
+    nodes = f"weight @w: {dtype}[64, 64]\n%z = Silu(%x)\n%y = DequantMatMul(%z, @w)"
+    loaded = load_graph(between(nodes, f"{dtype}[96, 64]"), "int8")
+    # Two products whose inputs may be rounded to a 254th of their block's range.
+    assert_close(loaded.run(IDS[:5]), loaded.interpret(IDS[:5]), tolerance=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])

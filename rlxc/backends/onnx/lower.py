@@ -237,8 +237,8 @@ def _(op: ops.Embed, node: Node, to: Lowering) -> None:
         tensor = to.external(
             table, stored.data_type, tuple(map(int, to.graph.weight[table].type.shape)), stored.region
         )
-        to.add("Gather", [tensor, ids], [f"{out}.rows"], axis=0)
-        to.add("Cast", [f"{out}.rows"], [out], to=TensorProto.FLOAT)
+        to.add("Gather", [tensor, ids], [f"{out}.stored"], axis=0)
+        to.add("Cast", [f"{out}.stored"], [out], to=TensorProto.FLOAT)
         return
     if isinstance(stored, StoredIndices):
         _gather_indices(ids, table, stored, out, to)

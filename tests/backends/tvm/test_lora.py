@@ -205,9 +205,8 @@ def run_product(
     return out[:, :rows]
 
 
-@both_types
 @each_target
-@pytest.mark.parametrize("weight", [DType.Q8_0, DType.F32])
+@pytest.mark.parametrize(("weight", "dtype"), [(DType.Q8_0, DType.F16), (DType.F32, DType.F32)])
 @pytest.mark.parametrize(("sequences", "step"), [(1, 1), (1, 13), (5, 1), (4, 3), (2, 30)])
 def test_wide_side_is_added_to_the_product(
     run_kernel: Any, target: CpuTarget, dtype: DType, weight: DType, sequences: int, step: int

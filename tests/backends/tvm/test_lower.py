@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from layer_graph import layer
+from random_adapters import split_graph
 
 from rlxc.artifact import LoraPlan
 from rlxc.backends.tvm.lower import lower
-from rlxc.backends.tvm.program import InWeights, InWorkspace, Program
+from rlxc.backends.tvm.program import InUnit, InWeights, InWorkspace, Program
 from rlxc.backends.tvm.targets import find_target
 from rlxc.backends.tvm.weights import WeightsFile
-from rlxc.errors import UnsupportedError
+from rlxc.dtypes import DType
+from rlxc.errors import GraphError, UnsupportedError
 from rlxc.ir import Graph, parse
 
 TOKENS = 16
@@ -71,6 +73,20 @@ def test_int8_layer_rounds_where_rows_are_made_anyway() -> None:
         "matmul_q8_0: rows",
         "summarise: rows",
     ]
+
+
+def test_codebooks_are_multiplied_with_what_was_not_rounded() -> None:
+    """A codebook's values are no integers: x is stored in f32 for it, and in int8 for its neighbour."""
+    weights = "weight @a: nf4[64, 64]\nweight @b: int4[64, 64]\n"
+    nodes = "%z = Square(%x)\n%ay = DequantMatMul(%z, @a)\n%by = DequantMatMul(%z, @b)\n%y = Add(%ay, %by)\n"
+    program, _ = lowered(MODEL + weights + nodes + LOGITS)
+    square, codebook, integers = program.calls[1:4]
+    assert [call.kernel.name.split("_64x64")[0] for call in (square, codebook, integers)] == [
+        "square_round_0",
+        "matmul_exact_nf4",
+        "matmul_int4",
+    ]
+    assert list(square.arguments[1:3]) == [codebook.arguments[1], integers.arguments[1]]
 
 
 def test_float32_layer_rounds_nothing() -> None:
@@ -206,6 +222,45 @@ def test_op_without_a_kernel_is_refused(nodes: str, problem: str) -> None:
 def test_logits_that_no_product_makes_are_refused(nodes: str, made: str) -> None:
     with pytest.raises(UnsupportedError, match=f"here they are made {made}"):
         lowered(MODEL + nodes)
+
+
+SIDE_PATHS = ("qkv", "o", "gate_up", "down", "table", "output.weight")
+
+
+def test_side_paths_read_what_the_plan_says() -> None:
+    graph, plan = split_graph(parse(layer()), SIDE_PATHS, DType.F16)
+    program, _ = lowered(graph, lora=plan)
+    names = [call.kernel.name for call in program.calls]
+    downs = [call for call in program.calls if call.kernel.name.startswith("lora_down")]
+    ups = [call for call in program.calls if "_lora_f" in call.kernel.name]
+    assert sum(name.startswith("lora_embed") for name in names) == 1
+    assert len(downs) == len(ups) == 5
+    tensors = [part.tensor for part in plan.parts]
+    for down, up, tensor in zip(downs, ups, ("qkv", "o", "gate_up", "down", "output.weight")):
+        index = tensors.index(tensor)
+        place = plan.unit[index]
+        assert list(down.arguments[1:3]) == [InUnit(index), InUnit(place.down)]
+        # After the weight, x, the result and the number of tokens; u is what the narrow side wrote.
+        assert list(up.arguments[4:6]) == [InUnit(index), InUnit(place.up)]
+        assert up.arguments[8] == down.arguments[6]
+        assert (down.amount, down.arguments[-1]) == (up.amount, up.arguments[-1])
+    assert [down.arguments[-1] for down in downs] == ["step", "step", *["rows_per_sequence"] * 3]
+
+
+def test_side_paths_leave_other_calls_as_they_are() -> None:
+    graph, plan = split_graph(parse(layer()), ["o"], DType.F16)
+    program, base = lowered(graph, lora=plan)[0], lowered(layer())[0]
+    kernels = [call.kernel.name for call in program.calls if "lora" not in call.kernel.name]
+    expected = [call.kernel.name for call in base.calls]
+    expected.remove("matmul_q5_0_256x64_256")
+    assert kernels == expected
+    assert [entry.key for entry in program.entries] == [entry.key for entry in base.entries]
+
+
+def test_adapters_without_a_plan_are_refused() -> None:
+    graph, _ = split_graph(parse(layer()), ["o"])
+    with pytest.raises(GraphError, match="there is no plan where they lie"):
+        lowered(graph)
 
 
 def test_caches_lie_one_after_the_other() -> None:

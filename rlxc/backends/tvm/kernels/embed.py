@@ -60,7 +60,7 @@ def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, star
     format, words = layout.format, view(table, "int32")
     tile, lane = bind(id >> 4), bind(id & 15)
     floats, size = view(table, layout.scale_type), size_of(layout.scale_type)
-    codebook = table_of(format.codebook or ())
+    codebook = table_of(format.codebook) if format.codebook else None
 
     def place(section: str) -> Expr:
         found = layout.sections[section]
@@ -87,8 +87,8 @@ def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, star
             word = _word(layout, words, codes + block * (layout.bits * TILE), group)
             for i in range(4):
                 code = (word >> (8 * i)) & 0xFF
-                number = codebook[code] if format.codebook else Cast("float32", code + format.code_min)
-                value = number * found["scale"]
+                code = Cast("float32", code + format.code_min) if codebook is None else codebook[code]
+                value = code * found["scale"]
                 if format.has_mins:
                     value = value - found["minimum"]
                 T.buffer_store(out, value, [start + block * BLOCK + group * 4 + i])

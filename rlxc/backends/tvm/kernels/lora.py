@@ -328,8 +328,9 @@ class UpTile:
                     rank(index, sums)
                 return
             other = Register(vectors.lanes, vectors.splat(0.0))
-            for index in range(RANKS):
-                rank(index, [other] if index % 2 else sums)
+            with serial(RANKS // 2) as pair:
+                rank(2 * pair, sums)
+                rank(2 * pair + 1, [other])
             sums[0].set(sums[0].get() + other.get())
 
         self._each_use(sequence, add)

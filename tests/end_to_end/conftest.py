@@ -1,0 +1,48 @@
+"""Artifacts of tiny models that compute in f32 throughout: what is left to differ from a judge is the order of sums."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlxc
+from rlxc.artifact import BackendName
+from rlxc.dtypes import DType
+
+# What tests share, with the scripts that make reference data too, lies beside them and in the folders above.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+CompileExact = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def compile_exact(tmp_path_factory: pytest.TempPathFactory) -> CompileExact:
+    """``compile_exact(model, backend, **options)``: an artifact with float32 activations, compiled once.
+
+    Caches are f32 too: rounding them to f16, as TVM does, would hide mistakes a hundred times as large. Steps are so
+    short that a text takes several, and that windows become rings.
+    """
+    folder = tmp_path_factory.mktemp("exact")
+    made: dict[str, Path] = {}
+
+    def compiled(model: Path, backend: BackendName, **options: Any) -> Path:
+        key = repr((model, backend, sorted(options.items())))
+        if key not in made:
+            path = folder / f"{len(made)}.rlx"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("rlxc.compiler.MAX_STEP", 16)
+                if backend == "tvm":
+                    from rlxc.backends.tvm import TvmBackend
+
+                    exact = replace(TvmBackend.features, cache_dtype=DType.F32)
+                    patch.setattr(TvmBackend, "features", exact)
+                rlxc.compile(model, path, backend=backend, activations="float32", **options)
+            made[key] = path
+        return made[key]
+
+    return compiled
