@@ -31,6 +31,9 @@ from rlxc.artifact import (
     KvLayer,
     KvPlan,
     Library,
+    LoraGroup,
+    LoraPart,
+    LoraPlan,
     Manifest,
     ModelFacts,
     Options,
@@ -61,14 +64,25 @@ MANIFEST = Manifest(
     tokenizer=TokenizerFacts(bos_id=2, eos_ids=(1, 3), add_bos=True, add_eos=False),
     weights=(WeightEntry("token_embd.weight", DType.Q8_0, (32, 64), "source(token_embd.weight)", 2176),),
 )
+TABLE = LoraPart("token_embd.weight", 64, 32, "table.up", 0, 64)
+Q = LoraPart("blk.0.attn_q.weight", 40, 64, "qk.up", 0, 60)
+K = LoraPart("blk.0.attn_k.weight", 20, 64, "qk.up", 40, 60)
 FULL = replace(
     MANIFEST,
     target=replace(
         MANIFEST.target,
         libraries=(Library("model.x86-64-v3.o", "x86-64-v3", "x86_64", ("avx2", "fma"), 4096, 7, 5, 3),),
     ),
-    adapters=(AdapterEntry("style", DIGEST, 0.5, ("blk.0.attn_q.weight",), None),),
-    files={"model.onnx": FileEntry(7, DIGEST), "model.x86-64-v3.o": FileEntry(9, DIGEST)},
+    lora=LoraPlan(
+        DType.F16,
+        32,
+        (LoraGroup("embedding", "table.down", (TABLE,)), LoraGroup("linear", "qk.down", (Q, K))),
+    ),
+    adapters=(
+        AdapterEntry("style", DIGEST, 0.5, ("blk.0.attn_q.weight",), None),
+        AdapterEntry("tone", DIGEST, -1.0, (), "adapter.1.gguf"),
+    ),
+    files={name: FileEntry(9, DIGEST) for name in ("model.onnx", "model.x86-64-v3.o", "adapter.1.gguf")},
 )
 TREE = json.loads(FULL.to_json())
 FILES = {"model.onnx": b"\x08\x0agraph", "tokenizer.json": b"{}", "weights.bin": bytes(range(256)) * 64}
@@ -130,7 +144,15 @@ def removed(path: tuple[Any, ...]) -> bytes:
 
 PATHS = list(paths(TREE))
 FIELDS = [path for path in PATHS if isinstance(path[-1], str) and path[0] not in ("format", "version")]
-OPTIONAL = {("kv_cache", "layers", 0, "window"), ("kv_cache", "layers", 1, "window"), ("tokenizer", "bos_id")}
+OPTIONAL = {
+    ("kv_cache", "layers", 0, "window"): int,
+    ("kv_cache", "layers", 1, "window"): int,
+    ("tokenizer", "bos_id"): int,
+    ("lora",): dict,
+    ("adapters", 0, "file"): str,
+    ("adapters", 1, "file"): str,
+}
+"""The fields that may be null, and what they are if they are not."""
 
 
 def test_manifest_round_trips() -> None:
@@ -166,7 +188,7 @@ def test_unknown_field_is_refused_by_name(path: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("path", FIELDS, ids=shown)
 def test_field_of_another_type_is_refused_by_name(path: tuple[Any, ...]) -> None:
-    allowed = (type(value_at(path)), type(None), int) if path in OPTIONAL else (type(value_at(path)),)
+    allowed = (type(None), OPTIONAL[path]) if path in OPTIONAL else (type(value_at(path)),)
     for value in (None, True, 7, 0.5, "x", [], {}):
         if type(value) in allowed:
             continue
@@ -194,7 +216,16 @@ def test_field_of_another_type_is_refused_by_name(path: tuple[Any, ...]) -> None
         (("weights", 0, "shape", 1), -1),
         (("tokenizer", "eos_ids", 0), -1),
         (("files", "model.onnx", "size"), -1),
+        (("lora", "dtype"), "f31"),
+        (("lora", "max_rank"), 0),
+        (("lora", "groups", 0, "kind"), "norm"),
+        (("lora", "groups", 0, "parts", 0, "rows"), 0),
+        (("lora", "groups", 0, "parts", 0, "columns"), 2**31),
+        (("lora", "groups", 0, "parts", 0, "first_row"), -1),
+        (("lora", "groups", 0, "parts", 0, "up_rows"), 0),
         (("adapters", 0, "scale"), float("nan")),
+        (("adapters", 0, "fingerprint"), "ABC"),
+        (("adapters", 1, "file"), "../adapter.gguf"),
         (("files", "model.onnx", "sha256"), DIGEST[1:]),
     ],
 )
@@ -219,6 +250,25 @@ def test_value_out_of_range_is_refused_by_name(path: tuple[Any, ...], value: Any
             "other.o",
             r"libraries\[0\].file is 'other.o', which is not among",
         ),
+        (("lora", "dtype"), "bf16", "lora.dtype must be f32 or f16, got bf16"),
+        (("lora", "max_rank"), 40, "lora.max_rank must be a multiple of 16, got 40"),
+        (("lora", "groups", 1, "parts", 1, "first_row"), 41, r"attn_k.weight does not fit into the 60 rows"),
+        (
+            ("lora", "groups", 1, "parts", 1, "columns"),
+            63,
+            r"lora.groups\[1\].parts must be some, and read one",
+        ),
+        (("lora", "groups", 1, "parts"), [], r"lora.groups\[1\].parts must be some, and read one"),
+        (("lora", "groups", 1, "kind"), "embedding", r"lora.groups\[1\].parts must be one table, got 2"),
+        (
+            ("lora", "groups", 1, "parts", 1, "tensor"),
+            "token_embd.weight",
+            "lora names 'token_embd.weight' twice",
+        ),
+        (("lora",), None, r"adapters\[1\].file is 'adapter.1.gguf', but lora is missing"),
+        (("adapters", 1, "name"), "style", "adapters names 'style' twice"),
+        (("adapters", 1, "file"), None, r"adapters\[1\] is neither folded nor in a file"),
+        (("adapters", 1, "file"), "other.gguf", r"adapters\[1\].file is 'other.gguf', which is not among"),
         (("tokenizer", "bos_id"), 32, "token 32"),
         (("tokenizer", "eos_ids"), [32], "token 32"),
     ],
@@ -283,6 +333,53 @@ def test_any_other_value_is_accepted_as_it_is_or_refused_in_one_line(
         assert len(lines) == 1
     else:
         assert json.loads(manifest.to_json()) == json.loads(text)
+
+
+# ---------------------------------------------------------------------------------------------- units of adapters
+
+
+SIZES = st.integers(1, 200)
+
+
+@st.composite
+def lora_plans(draw: st.DrawFn) -> LoraPlan:
+    """Products of one to three matrices, up to four of them, of any sizes."""
+    groups = []
+    for number in range(draw(st.integers(1, 4))):
+        rows, columns, first, parts = draw(st.lists(SIZES, min_size=1, max_size=3)), draw(SIZES), 0, []
+        for i, count in enumerate(rows):
+            parts.append(LoraPart(f"{number}.{i}", count, columns, f"{number}.up", first, sum(rows)))
+            first += count
+        groups.append(LoraGroup("linear", f"{number}.down", tuple(parts)))
+    return LoraPlan(draw(st.sampled_from([DType.F32, DType.F16])), 16, tuple(groups))
+
+
+@given(lora_plans())
+def test_unit_has_room_for_every_matrix_aligned_and_apart(plan: LoraPlan) -> None:
+    itemsize = 4 if plan.dtype is DType.F32 else 2
+    ends = [len(plan.parts)]  # a byte for each part comes first
+    assert len(plan.unit) == len(plan.parts)
+    for part, place in zip(plan.parts, plan.unit):
+        numbers = [(place.down, 16 * part.columns), (place.up, 16 * 16 * place.tiles)]
+        for start, count in numbers:
+            assert start % 64 == 0
+            assert start >= ends[-1]
+            ends.append(start + itemsize * count)
+    assert plan.unit_bytes % 64 == 0
+    assert 0 <= plan.unit_bytes - ends[-1] < 64
+
+
+@given(lora_plans())
+def test_tiles_of_a_unit_are_those_that_its_rows_touch(plan: LoraPlan) -> None:
+    for part, place in zip(plan.parts, plan.unit):
+        touched = {row // 16 for row in range(part.first_row, part.first_row + part.rows)}
+        assert touched == set(range(place.first_tile, place.first_tile + place.tiles))
+
+
+def test_units_of_a_plan_are_its_ranks_in_sixteens() -> None:
+    assert FULL.lora is not None
+    assert FULL.lora.max_units == 2
+    assert FULL.lora.parts == (TABLE, Q, K)
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -26,8 +26,8 @@ Floats = npt.NDArray[np.float32]
 ReadBytes = Callable[[str], Bytes]
 """Gives a tensor of the model file, still packed, as bytes ``[nbytes]``, by its name."""
 
-CHUNK_VALUES = 1 << 18
-"""How many values are computed at a time: enough to keep numpy busy, and few enough for a CPU's cache."""
+CHUNK_VALUES = 1 << 20
+"""How many values are computed at a time: a few megabytes."""
 
 _ReadRows = Callable[[int, int], Floats]
 """Gives the values f32 ``[stop - start, in]`` of a weight's rows ``start`` to ``stop``."""

@@ -8,14 +8,14 @@ each code is chosen to bring them back towards zero, as sigma-delta modulation c
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from rlxc.dtypes import DType
 from rlxc.weights.encode import encode
-from rlxc.weights.formats import FORMATS
+from rlxc.weights.formats import FORMATS, BlockFormat
 
 # Less of it keeps the directions more exact, and adds more error in all others. The coarser the steps, the less of it
 # they bear: half as much as there are levels, and at 16 a real adapter on a Q4_K_M base diverged least.
@@ -45,25 +45,49 @@ def encode_keeping(dtype: DType, values: Floats, directions: Floats) -> npt.NDAr
     if form.is_float or not len(basis):
         return packed
     fields, planes = form.fields(packed), form.unpack(packed)
-    steps = np.arange(form.code_min, form.code_max + 1)
-    levels = np.array(form.codebook or steps, np.float32)
-    codes = fields.codes.copy()
-    bounds, order = _between(levels)
+    grid = _Grid.of(form)
+    # Columns one after the other: all rows of one lie side by side.
+    scales = np.ascontiguousarray(planes.scales.T)
+    inverses = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    shifts = np.zeros_like(scales) if planes.mins is None else np.ascontiguousarray(planes.mins.T)
+    columns = np.ascontiguousarray(values.T)
+    codes = np.empty(columns.shape, np.int8)
     shares = np.ascontiguousarray(basis.T)
-    weight = min(_CALMEST, len(levels) / 2) * float(np.mean(np.sum(shares * shares, axis=1)))
-    collected = np.zeros((len(values), len(basis)), np.float32)
-    for column in range(values.shape[1]):
-        share, block = shares[column], column // form.sub_block
-        scale = planes.scales[:, block]
-        shift = planes.mins[:, block] if planes.mins is not None else np.float32(0)
-        wanted = values[:, column] - collected @ share / np.float32(weight + share @ share)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            level = np.nan_to_num((wanted + shift) / scale)
-        chosen = order[np.searchsorted(bounds, level)]
-        codes[:, column] = steps[chosen]
-        error = levels[chosen] * scale - shift - values[:, column]
-        collected += error[:, None] * share
-    return form.pack(replace(fields, codes=codes))
+    weight = min(_CALMEST, len(grid.levels) / 2) * float(np.mean(np.sum(shares * shares, axis=1)))
+    collected = np.zeros((len(basis), len(values)), np.float32)
+    for column, (share, wanted) in enumerate(zip(shares, columns)):
+        block = column // form.sub_block
+        corrected = wanted - share @ collected / np.float32(weight + share @ share)
+        codes[column], level = grid.nearest((corrected + shifts[block]) * inverses[block])
+        error = level * scales[block] - shifts[block] - wanted
+        collected += share[:, None] * error
+    return form.pack(replace(fields, codes=np.ascontiguousarray(codes.T)))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The levels that codes stand for, and for a codebook its levels in order and what lies between."""
+
+    levels: Floats
+    order: npt.NDArray[np.intp] | None
+    bounds: Floats | None
+
+    @classmethod
+    def of(cls, form: BlockFormat) -> _Grid:
+        if form.codebook is None:
+            return cls(np.arange(form.code_min, form.code_max + 1, dtype=np.float32), None, None)
+        levels = np.array(form.codebook, np.float32)
+        order = np.argsort(levels, kind="stable")
+        ascending = levels[order]
+        return cls(levels, order, (ascending[1:] + ascending[:-1]) / np.float32(2))
+
+    def nearest(self, values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+        """The codes whose levels are nearest, and those levels."""
+        if self.order is None or self.bounds is None:
+            level: Floats = np.clip(np.rint(values), self.levels[0], self.levels[-1])
+            return level.astype(np.int8), level
+        codes = self.order[np.searchsorted(self.bounds, values)]
+        return codes.astype(np.int8), self.levels[codes]
 
 
 def _orthonormal(directions: Floats) -> Floats:
@@ -73,10 +97,3 @@ def _orthonormal(directions: Floats) -> Floats:
         return np.zeros((0, directions.shape[1]), np.float32)
     kept: Floats = basis[sizes > 1e-6 * sizes[0]].astype(np.float32)
     return kept
-
-
-def _between(levels: Floats) -> tuple[Floats, npt.NDArray[np.intp]]:
-    """The bounds between neighbouring levels, and the levels' numbers in ascending order."""
-    order = np.argsort(levels, kind="stable")
-    ascending = levels[order]
-    return ((ascending[1:] + ascending[:-1]) / 2).astype(np.float32), order
