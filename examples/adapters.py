@@ -15,7 +15,10 @@ import rlxc
 from rlxc.runtime import Request
 
 PROMPT = "A green linen apron for 24 euros.\n"
-OTHERS = ["They want 16 euros for a black granite mortar.\n", "Selling a fishing rod: carbon, blue, 77 euros.\n"]
+OTHERS = [
+    "They want 16 euros for a black granite mortar.\n",
+    "Selling a fishing rod: carbon, blue, 77 euros.\n",
+]
 
 if len(sys.argv) not in (3, 4):
     sys.exit(__doc__)
@@ -35,8 +38,8 @@ with tempfile.TemporaryDirectory() as folder:
         session.adapters.load(first, name="one")
         session.adapters.push("one")
         show("with it")
-        session.adapters.set_scale("one", 0.2)
-        show("with a fifth of it")
+        session.adapters.set_scale("one", 0.1)
+        show("with a tenth of it")
 
         # What several adapters add to the weights adds up; a negative scale takes away.
         session.adapters.load(second, name="two")
@@ -55,4 +58,6 @@ with tempfile.TemporaryDirectory() as folder:
 
         weights = sum(weight.nbytes for weight in session.artifact.manifest.weights)
         size = session.adapters.nbytes
-        print(f"{len(session.adapters.loaded)} adapters take {size / 1e6:.1f} MB, the weights {weights / 1e6:.1f} MB")
+        print(
+            f"{len(session.adapters.loaded)} adapters take {size / 1e6:.1f} MB, the weights {weights / 1e6:.1f} MB"
+        )

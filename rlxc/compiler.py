@@ -179,8 +179,8 @@ def compile(
 def read_losses(artifact: Artifact) -> Mapping[str, Mapping[str, float | None]]:
     """What encoding weights anew cost, by weight.
 
-    ``relative`` is the root mean square error over the root mean square of the values, ``of_change`` the error over
-    what adapters had changed before (None without).
+    ``relative`` is the root mean square error over the root mean square of the values; ``of_change`` is the part of
+    what adapters changed that is lost (None without any).
     """
     if LOSSES not in artifact.manifest.files:
         return {}

@@ -20,7 +20,7 @@ from rlxc.cli.terminal import outline
 from rlxc.errors import FormatError
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["compile", "run", "chat", "bench", "inspect", "graph"]
+COMMANDS = ["compile", "run", "chat", "bench", "compare", "merge", "tune", "inspect", "graph"]
 
 
 def call(*arguments: object, text: str = "", cache: Path | None = None) -> Result:
@@ -65,6 +65,12 @@ def test_version_is_the_package_s() -> None:
         ["compile", "x.gguf", "-o", "x.rlx", "--backend", "abacus"],
         ["compile", "x.gguf", "-o", "x.rlx", "--activations", "int4"],
         ["compile", "x.gguf", "-o", "x.rlx", "--context", "0"],
+        ["compile", "x.gguf", "-o", "x.rlx", "--lora-mode", "both"],
+        ["compile", "x.gguf", "-o", "x.rlx", "--lora-rank", "0"],
+        ["compile", "x.gguf", "-o", "x.rlx", "--report"],
+        ["compile", "x.gguf", "-o", "x.rlx", "--lora", "a.gguf", "--lora-mode", "split", "--report"],
+        ["compare", "x.rlx"],
+        ["merge", "x.gguf"],
         ["run", "x.rlx", "hello", "--temp", "-1"],
         ["run", "x.rlx", "hello", "--top-p", "1.5"],
         ["run", "x.rlx", "hello", "-n", "many"],
@@ -91,6 +97,8 @@ def test_wrong_usage_has_exit_code_2(arguments: list[str]) -> None:
         ["bench", "missing.rlx"],
         ["inspect", "missing.gguf"],
         ["graph", "missing.gguf"],
+        ["compare", "missing.rlx", "missing.rlx"],
+        ["merge", "missing.gguf", "--lora", "a.gguf", "-o", "out.gguf"],
     ],
     ids=" ".join,
 )

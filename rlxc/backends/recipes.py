@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from rlxc.errors import UnsupportedError, WeightError
 from rlxc.ir import Concat, Encode, Fold, Source, Weight
 from rlxc.weights.encode import encode
-from rlxc.weights.encode_keeping import encode_keeping
+from rlxc.weights.encode_keeping import encode_keeping, orthonormal
 from rlxc.weights.formats import FORMATS
 
 Bytes = npt.NDArray[np.uint8]
@@ -37,13 +38,14 @@ _ReadRows = Callable[[int, int], Floats]
 class Loss:
     """What encoding a weight cost, as sums of squares over all its elements so far.
 
-    ``exact`` are the values that were encoded, ``error`` is what they changed by, and ``change`` is what adapters
-    folded into them had changed before; 0 where none was.
+    ``exact`` are the values that were encoded, ``error`` is what they changed by. ``change`` is what adapters folded
+    into them had changed before, and ``lost`` the error in the same directions of the input; 0 where none was.
     """
 
     exact: float = 0.0
     error: float = 0.0
     change: float = 0.0
+    lost: float = 0.0
 
     @property
     def relative(self) -> float:
@@ -52,8 +54,11 @@ class Loss:
 
     @property
     def of_change(self) -> float | None:
-        """``||encoded - exact|| / ||exact - base||``: above 1, encoding hides the adapter; None without one."""
-        return sqrt(self.error / self.change) if self.change else None
+        """The part of what adapters changed that encoding spoilt; None without an adapter.
+
+        ``||(encoded - exact) A^T|| / ||(exact - base) A^T||``, with the adapters' A made orthonormal.
+        """
+        return sqrt(self.lost / self.change) if self.change else None
 
 
 class Losses:
@@ -69,13 +74,12 @@ class Losses:
             for name, loss in sorted(self.by_weight.items())
         }
 
-    def add(self, name: str, exact: Floats, encoded: Floats, base: Floats | None) -> None:
-        """Count some rows of a weight: their values before and after, and before anything was folded into them."""
+    def add(self, name: str, exact: Floats, encoded: Floats) -> Loss:
+        """Count some rows of a weight: their values before and after."""
         loss = self.by_weight.setdefault(name, Loss())
         loss.exact += _square_sum(exact)
         loss.error += _square_sum(encoded - exact)
-        if base is not None:
-            loss.change += _square_sum(exact - base)
+        return loss
 
 
 def packed_rows(weight: Weight, read: ReadBytes, losses: Losses | None = None) -> Iterator[Bytes]:
@@ -197,8 +201,12 @@ class _Encoder:
         except WeightError as error:
             raise WeightError(error.problem, source=f"@{self.weight.name}", remedy=error.remedy) from None
         if self.losses is not None:
-            base = None if self.folded is None else self.folded.base(start, stop)
-            self.losses.add(self.weight.name, exact, FORMATS[dtype].decode(packed, exact.shape[1]), base)
+            decoded = FORMATS[dtype].decode(packed, exact.shape[1])
+            loss = self.losses.add(self.weight.name, exact, decoded)
+            if self.folded is not None:
+                basis = orthonormal(self.folded.directions).T
+                loss.change += _square_sum((exact - self.folded.base(start, stop)) @ basis)
+                loss.lost += _square_sum((decoded - exact) @ basis)
         return packed
 
 
@@ -219,7 +227,7 @@ def _chunks(weight: Weight) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _square_sum(values: Floats) -> float:
+def _square_sum(values: npt.NDArray[np.floating[Any]]) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 

@@ -53,7 +53,7 @@ def parse_adapters(arguments: list[str] | None) -> list[tuple[Path, float]]:
 
 def _parse(argument: str) -> tuple[Path, float]:
     path, colon, scale = argument.rpartition(":")
-    if not colon or os.path.exists(argument):
+    if not colon or not path or os.path.exists(argument):
         return Path(argument), 1.0
     try:
         return Path(path), float(scale)

@@ -115,5 +115,5 @@ def loss_lines(losses: Mapping[str, Mapping[str, float | None]]) -> Iterator[str
     yield f"{len(errors)} matrices were encoded anew, with a relative error of {mean:.2%} on average; the largest:"
     for name in sorted(errors, key=lambda name: -errors[name])[:_WORST]:
         of_change = losses[name]["of_change"]
-        hidden = "" if of_change is None else f", {of_change:.2f} times what adapters changed"
+        hidden = "" if of_change is None else f", {of_change:.0%} of what adapters changed is lost"
         yield f"  {name}: {errors[name]:.2%}{hidden}"

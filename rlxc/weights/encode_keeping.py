@@ -41,7 +41,7 @@ def encode_keeping(dtype: DType, values: Floats, directions: Floats) -> npt.NDAr
     """
     packed = encode(dtype, values)
     form = FORMATS[dtype]
-    basis = _orthonormal(directions)
+    basis = orthonormal(directions)
     if form.is_float or not len(basis):
         return packed
     fields, planes = form.fields(packed), form.unpack(packed)
@@ -90,7 +90,7 @@ class _Grid:
         return codes.astype(np.int8), self.levels[codes]
 
 
-def _orthonormal(directions: Floats) -> Floats:
+def orthonormal(directions: Floats) -> Floats:
     """An orthonormal basis ``[rank, in]`` of what the directions span."""
     _, sizes, basis = np.linalg.svd(directions.astype(np.float64), full_matrices=False)
     if not len(sizes) or not sizes[0]:

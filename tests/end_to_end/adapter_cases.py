@@ -13,7 +13,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "models")]
 
 from adapters import Floats, write_gguf_adapter
-from tiny import TEXT, VARIANTS, Tiny, shapes
+from tiny import CONTEXT, TEXT, VARIANTS, Tiny, shapes
 
 LAST = 8
 """How many of the text's last logits are compared; all tokens before them have had their effect."""
@@ -39,9 +39,7 @@ class TinyAdapter:
         """By target: a ``[rank, in]`` and b ``[out, rank]``; a product with them is of the size of its input."""
         rng = np.random.RandomState(self.seed)
         made = {}
-        for name, shape in shapes(
-            base.architecture, base.kv_heads, base.tied, base.bias, base.rope_scaling
-        ):
+        for name, shape in shapes(base.architecture, base.kv_heads, base.tied, base.bias, base.rope_scaling):
             if len(shape) == 2 and name.split(".")[-2] in self.targets:
                 # A table is read by its rows, which are the columns of a.
                 out, in_ = shape[::-1] if name == "token_embd.weight" else shape
@@ -51,9 +49,7 @@ class TinyAdapter:
 
     def write(self, path: Path, base: Tiny) -> Path:
         """The file of this adapter for a model."""
-        return write_gguf_adapter(
-            path, self.pairs(base), architecture=base.architecture, alpha=self.alpha
-        )
+        return write_gguf_adapter(path, self.pairs(base), architecture=base.architecture, alpha=self.alpha)
 
 
 ADAPTERS: Mapping[str, TinyAdapter] = {
@@ -79,8 +75,28 @@ CASES: Mapping[str, Mapping[str, Stack]] = {
     "llama-k-m": STACKS,
     "gemma3-window": STACKS,
     # Only an output that is not tied can have an adapter of its own.
-    "llama-untied": {"vocab": (("vocab", 1.0),), "three": (("rank-5", 0.6), ("vocab", 0.8), ("q-and-v", 0.5))},
+    "llama-untied": {
+        "vocab": (("vocab", 1.0),),
+        "three": (("rank-5", 0.6), ("vocab", 0.8), ("q-and-v", 0.5)),
+    },
 }
 """By model of ``tests/models/tiny.py``: the stacks of adapters that it is run with."""
 
-__all__ = ["ADAPTERS", "CASES", "LAST", "STACKS", "TEXT", "VARIANTS", "Stack", "TinyAdapter"]
+
+@dataclass(frozen=True)
+class Files:
+    """A model, and by name the adapters that it is run with."""
+
+    model: Path
+    adapters: Mapping[str, Path]
+
+
+def write_files(variant: str, folder: Path, *, decoded: bool = False) -> Files:
+    """Write a model of `CASES`, ``decoded`` to f32 or as it is, and its adapters."""
+    base = VARIANTS[variant]
+    names = sorted({name for stack in CASES[variant].values() for name, _ in stack})
+    adapters = {name: ADAPTERS[name].write(folder / f"{name}.gguf", base) for name in names}
+    return Files(base.write(folder / "model.gguf", decoded=decoded), adapters)
+
+
+__all__ = ["CASES", "CONTEXT", "LAST", "TEXT", "VARIANTS", "Files", "Stack", "write_files"]

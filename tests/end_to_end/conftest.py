@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rlxc.dtypes import DType
 
 # What tests share, with the scripts that make reference data too, lies beside them and in the folders above.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from adapter_cases import Files, write_files
 
 CompileExact = Callable[..., Path]
 
@@ -46,3 +49,9 @@ def compile_exact(tmp_path_factory: pytest.TempPathFactory) -> CompileExact:
         return made[key]
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Files]:
+    """``tiny_files(variant)``: a tiny GGUF file and adapters for it, written once."""
+    return cache(lambda variant: write_files(variant, tmp_path_factory.mktemp(variant)))

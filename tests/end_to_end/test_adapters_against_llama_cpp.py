@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from adapter_cases import ADAPTERS, CASES, LAST, TEXT, VARIANTS, Stack
+from adapter_cases import CASES, LAST, TEXT, VARIANTS, Files, Stack
 from interpreted import Interpreted
 
 import rlxc
@@ -20,21 +19,12 @@ from rlxc.weights.adapters import Adapter
 DATA = Path(__file__).parent.parent / "data"
 Floats = npt.NDArray[np.floating]
 Reference = dict[str, Floats]
+TinyFiles = Callable[[str], Files]
 
 # Logits have a standard deviation of 1, and adapters move them by more than that. Two f32 computations in different
 # order are 1e-5 apart. llama.cpp looks GELU up in a table with f16 arguments and values, 5e-4 off each, which the seven
 # layers of Gemma carry on: with and without adapters, that is 2.5e-3.
 TOLERANCE = {"llama": 5e-5, "gemma3": 5e-3}
-
-@dataclass(frozen=True)
-class Files:
-    """A tiny model, and the adapters that it is run with."""
-
-    model: Path
-    adapters: dict[str, Path]
-
-
-Write = Callable[[str], Files]
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +32,6 @@ def reference() -> Reference:
     """llama.cpp's logits ``f32 [LAST, vocab]`` by model and case; see ``tests/data/README.md``."""
     with np.load(DATA / "tiny_adapter_logits.npz") as stored:
         return dict(stored)
-
-
-@pytest.fixture(scope="session")
-def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """``write(variant)``: the files of a tiny model, written once."""
-
-    def write_(variant: str) -> Files:
-        base, folder = VARIANTS[variant], tmp_path_factory.mktemp(variant)
-        names = {name for stack in CASES[variant].values() for name, _ in stack}
-        adapters = {name: ADAPTERS[name].write(folder / f"{name}.gguf", base) for name in sorted(names)}
-        return Files(base.write(folder / "model.gguf"), adapters)
-
-    return cache(write_)
 
 
 def stack_of(model: Interpreted, files: Files, stack: Stack) -> list[tuple[Adapter, float]]:
@@ -72,9 +49,9 @@ EVERY = [(variant, case) for variant, stacks in CASES.items() for case in stacks
 
 @pytest.mark.parametrize(("variant", "case"), EVERY)
 def test_interpreted_logits_equal_llama_cpp_s(
-    variant: str, case: str, write: Write, reference: Reference
+    variant: str, case: str, tiny_files: TinyFiles, reference: Reference
 ) -> None:
-    files = write(variant)
+    files = tiny_files(variant)
     model = Interpreted(files.model)
     logits = model.logits(TEXT, stack_of(model, files, CASES[variant][case]))
     assert error(variant, case, logits, reference) < 1
@@ -84,11 +61,11 @@ def test_interpreted_logits_equal_llama_cpp_s(
 def test_compiled_logits_equal_llama_cpp_s(
     variant: str,
     backend: BackendName,
-    write: Write,
+    tiny_files: TinyFiles,
     compile_exact: Callable[..., Path],
     reference: Reference,
 ) -> None:
-    files = write(variant)
+    files = tiny_files(variant)
     # Matrices outside the layers take adapters only if one that changes them is there when the model is compiled.
     known = [files.adapters["vocab"]] if "vocab" in files.adapters else []
     artifact = compile_exact(files.model, backend, lora="split", adapters=known)
@@ -139,7 +116,10 @@ MISTAKES: dict[str, tuple[str, Callable[[Adapter], Adapter]]] = {
     "no alpha taken for no effect": ("no-alpha", lambda adapter: rescaled(adapter, 0)),
     "a and b swapped": ("rank-5", lambda adapter: with_pairs(adapter, swapped)),
     "rows permuted": ("q-and-v", lambda adapter: with_pairs(adapter, permuted)),
-    "a matrix left out": ("rank-5", lambda adapter: with_pairs(adapter, lambda a, b: (a, 0 * b), "blk.1.ffn_up")),
+    "a matrix left out": (
+        "rank-5",
+        lambda adapter: with_pairs(adapter, lambda a, b: (a, 0 * b), "blk.1.ffn_up"),
+    ),
 }
 
 
@@ -149,18 +129,18 @@ def test_tolerance_notices_mistakes(
     variant: str,
     case: str,
     mistake: Callable[[Adapter], Adapter],
-    write: Write,
+    tiny_files: TinyFiles,
     reference: Reference,
 ) -> None:
-    files = write(variant)
+    files = tiny_files(variant)
     model = Interpreted(files.model)
     ((adapter, scale),) = stack_of(model, files, CASES[variant][case])
     logits = model.logits(TEXT, [(mistake(adapter), scale)])
     assert error(variant, case, logits, reference) > 10
 
 
-def test_scales_and_order_of_a_stack_matter(write: Write, reference: Reference) -> None:
-    files = write("llama-k-m")
+def test_scales_and_order_of_a_stack_matter(tiny_files: TinyFiles, reference: Reference) -> None:
+    files = tiny_files("llama-k-m")
     model = Interpreted(files.model)
     (first, one), (second, two) = stack_of(model, files, CASES["llama-k-m"]["two"])
     for wrong in ([(first, one)], [(first, two), (second, one)], [(first, one), (second, -two)]):

@@ -116,7 +116,9 @@ def test_packed_base_with_an_adapter_equals_peft_s(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_weights_of_bitsandbytes_stay_packed(kind: str, backend: BackendName, compile_exact: CompileExact) -> None:
+def test_weights_of_bitsandbytes_stay_packed(
+    kind: str, backend: BackendName, compile_exact: CompileExact
+) -> None:
     manifest = Artifact.open(compile_exact(PEFT / kind, backend, lora="split")).manifest
     tables = ("token_embd.weight", "output.weight")
     matrices = [each for each in manifest.weights if len(each.shape) == 2 and each.name not in tables]
