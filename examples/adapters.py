@@ -12,13 +12,19 @@ import tempfile
 from pathlib import Path
 
 import rlxc
-from rlxc.runtime import Request
+from rlxc.runtime import Request, Session
 
 PROMPT = "A green linen apron for 24 euros.\n"
 OTHERS = [
     "They want 16 euros for a black granite mortar.\n",
     "Selling a fishing rod: carbon, blue, 77 euros.\n",
 ]
+
+
+def show(session: Session, what: str) -> None:
+    """Prints what the model says now."""
+    print(f"{what}: {session.generate(PROMPT, max_tokens=32).text!r}")
+
 
 if len(sys.argv) not in (3, 4):
     sys.exit(__doc__)
@@ -28,26 +34,22 @@ with tempfile.TemporaryDirectory() as folder:
     artifact = Path(folder) / "model.rlx"
     rlxc.compile(model, artifact, lora="split")  # takes any adapter of this model, later
     with rlxc.load(artifact) as session:
-
-        def show(what: str) -> None:
-            print(f"{what}: {session.generate(PROMPT, max_tokens=32).text!r}")
-
-        show("without an adapter")
+        show(session, "without an adapter")
 
         # A name is given once, when the file is read. From then on, changes take no time and copy nothing.
         session.adapters.load(first, name="one")
         session.adapters.push("one")
-        show("with it")
+        show(session, "with it")
         session.adapters.set_scale("one", 0.1)
-        show("with a tenth of it")
+        show(session, "with a tenth of it")
 
         # What several adapters add to the weights adds up; a negative scale takes away.
         session.adapters.load(second, name="two")
         session.adapters.push("two", 0.8)
         print("stack:", session.adapters.entries())
-        show("with both")
+        show(session, "with both")
         session.adapters.clear()
-        show("without again")
+        show(session, "without again")
 
         # In a batch, each text may have adapters of its own.
         requests = [Request(PROMPT, adapters=[("one", 1.0)], max_tokens=32)]

@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlxc import errors as errors
+    from rlxc.comparing import compare as compare
     from rlxc.compiler import compile as compile
     from rlxc.errors import RlxcError as RlxcError
     from rlxc.inspection import inspect as inspect
+    from rlxc.merging import merge as merge
     from rlxc.runtime import load as load
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "RlxcError": "rlxc.errors",
+    "compare": "rlxc.comparing",
     "compile": "rlxc.compiler",
     "inspect": "rlxc.inspection",
     "load": "rlxc.runtime",
+    "merge": "rlxc.merging",
 }
 
-__all__ = ["RlxcError", "__version__", "compile", "errors", "inspect", "load"]
+__all__ = ["RlxcError", "__version__", "compare", "compile", "errors", "inspect", "load", "merge"]
 
 
 def __getattr__(name: str) -> object:

@@ -51,7 +51,7 @@ ONLY_IN = {
 }
 
 EXPORTS = {
-    "rlxc": ["RlxcError", "__version__", "compile", "errors", "inspect", "load"],
+    "rlxc": ["RlxcError", "__version__", "compare", "compile", "errors", "inspect", "load", "merge"],
     "rlxc.ir": [
         "Alias",
         "Concat",

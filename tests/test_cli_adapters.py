@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 # What tests share lies beside them.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from one_layer import LINEAR, compile_exact, write_adapter, write_model
+from adapters import write_gguf_adapter
+from one_layer import LINEAR, compile_exact, pairs, write_adapter, write_model
 
 import rlxc
 from rlxc.artifact import Artifact
@@ -115,7 +116,7 @@ def test_compile_takes_adapters_and_tells_what_encoding_cost(folder: Path, tmp_p
     first, *others = result.stderr.splitlines()
     assert first.startswith("7 matrices were encoded anew, with a relative error of ")
     assert len(others) == 3
-    assert all(" times what adapters changed" in line for line in others)
+    assert all(" of what adapters changed is lost" in line for line in others)
 
 
 def test_compile_says_what_quantizing_cost(folder: Path, tmp_path: Path) -> None:
@@ -159,9 +160,6 @@ def test_report_measures_the_divergence_from_the_unfolded_adapters(folder: Path,
 
 
 def test_report_of_what_cannot_be_split_compares_with_exact_weights(folder: Path, tmp_path: Path) -> None:
-    from adapters import write_gguf_adapter
-    from one_layer import pairs
-
     norm = {"blk.0.attn_norm.weight": np.full(256, 1.5, np.float32)}
     adapter = write_gguf_adapter(tmp_path / "norm.gguf", pairs({Q: LINEAR[Q]}), tensors=norm)
     with pytest.MonkeyPatch.context() as patch:
@@ -285,14 +283,8 @@ def test_bench_compares_adapters(folder: Path) -> None:
         assert comparison["ratio"] == pytest.approx(comparison["second"] / comparison["first"])
     assert isinstance(costs["swap_microseconds"], float)
     lines = assert_done(call(*command)).splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "prefill",
-        "decode",
-        "batch",
-        "adapter",
-        lines[4].split()[0],
-        "memory",
-    ]
+    starts = ["prefill", "decode", "batch", "adapter", "", "memory"]
+    assert [line[:8].strip() for line in lines] == starts
     assert "in 3 sequences with adapters in turn" in lines[4]
 
 

@@ -23,6 +23,19 @@ def test_quickstart_prints_text_of_the_model(gemma_gguf: Path, tmp_path: Path) -
     assert "the capital of" in result.stdout
 
 
+def test_adapters_change_what_the_model_says(gemma_gguf: Path, tmp_path: Path) -> None:
+    adapter = EXAMPLES.parent / "tests" / "data" / "gemma_adapter"
+    command = [sys.executable, str(EXAMPLES / "adapters.py"), str(gemma_gguf), str(adapter)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(": ", 1) for line in result.stdout.splitlines()[:-1])
+    apron = "'item: apron; color: green; material: linen; price: 24 EUR'"
+    assert lines["with it"] == lines["with both"] == lines["[('one', 1.0)]"] == apron
+    assert lines["without an adapter"] == lines["without again"] == lines["[]"] != lines["with a tenth of it"]
+    assert "item" not in lines["without an adapter"] + lines["with a tenth of it"]
+    assert "2 adapters take" in result.stdout
+
+
 def test_synthetic_llama_is_a_model_that_runs(tmp_path: Path) -> None:
     model = tmp_path / "tiny.gguf"
     sizes = "--layers 3 --width 256 --heads 4 --kv-heads 2 --ffn 512 --vocab 512".split()

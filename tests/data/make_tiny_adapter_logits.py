@@ -1,4 +1,4 @@
-"""Makes ``tiny_adapter_logits.npz`` in this folder with llama.cpp. Run as README.md says; tests only read the result."""
+"""Makes ``tiny_adapter_logits.npz`` in this folder with llama.cpp. Run as README.md says; tests read the result."""
 
 import ctypes
 import sys

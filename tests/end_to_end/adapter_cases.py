@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-# What tests share, with the scripts that make their reference data too, lies in the folders above and beside this one.
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "models")]
+# What tests share, with the scripts that make their reference data too, lies in the folders above and beside this.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 
 from adapters import Floats, write_gguf_adapter
 from tiny import CONTEXT, TEXT, VARIANTS, Tiny, shapes

@@ -15,8 +15,9 @@ import rlxc
 from rlxc.artifact import BackendName
 from rlxc.dtypes import DType
 
-# What tests share, with the scripts that make reference data too, lies beside them and in the folders above.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+# What tests share, with the scripts that make reference data too, lies beside them and in the folder above.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from adapter_cases import Files, write_files
 
@@ -25,7 +26,7 @@ CompileExact = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def compile_exact(tmp_path_factory: pytest.TempPathFactory) -> CompileExact:
-    """``compile_exact(model, backend, **options)``: an artifact with float32 activations, compiled once.
+    """``compile_exact(model, backend, **options)``: an artifact with float32 activations by default, compiled once.
 
     Caches are f32 too: rounding them to f16, as TVM does, would hide mistakes a hundred times as large. Steps are so
     short that a text takes several, and that windows become rings.
@@ -34,6 +35,7 @@ def compile_exact(tmp_path_factory: pytest.TempPathFactory) -> CompileExact:
     made: dict[str, Path] = {}
 
     def compiled(model: Path, backend: BackendName, **options: Any) -> Path:
+        options = {"activations": "float32", **options}
         key = repr((model, backend, sorted(options.items())))
         if key not in made:
             path = folder / f"{len(made)}.rlx"
@@ -44,7 +46,7 @@ def compile_exact(tmp_path_factory: pytest.TempPathFactory) -> CompileExact:
 
                     exact = replace(TvmBackend.features, cache_dtype=DType.F32)
                     patch.setattr(TvmBackend, "features", exact)
-                rlxc.compile(model, path, backend=backend, activations="float32", **options)
+                rlxc.compile(model, path, backend=backend, **options)
             made[key] = path
         return made[key]
 

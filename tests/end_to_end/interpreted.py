@@ -12,8 +12,9 @@ from rlxc.ir import interp
 from rlxc.weights.adapters import Adapter, AdapterBase, open_adapter
 from rlxc.weights.source import open_model
 
-for folder in ("models", "backends"):
-    sys.path.insert(0, str(Path(__file__).parent.parent / folder))
+# What tests share lies in other folders, too.
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "backends"))
 
 from oracle import Floats, OpenModel
 from random_adapters import split_graph, stack_feeds

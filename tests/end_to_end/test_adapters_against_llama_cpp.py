@@ -57,28 +57,58 @@ def test_interpreted_logits_equal_llama_cpp_s(
     assert error(variant, case, logits, reference) < 1
 
 
+@pytest.fixture(scope="session")
+def scores(
+    backend: BackendName, tiny_files: TinyFiles, compile_exact: Callable[..., Path]
+) -> Callable[[str, str], dict[str, Floats]]:
+    """``scores(variant, activations)``: the logits of every case, by one session, which pushes and clears adapters."""
+
+    def scores_(variant: str, activations: str) -> dict[str, Floats]:
+        files = tiny_files(variant)
+        # Matrices outside the layers take adapters only if one that changes them is there when the model is compiled.
+        known = [files.adapters["vocab"]] if "vocab" in files.adapters else []
+        artifact = compile_exact(files.model, backend, lora="split", adapters=known, activations=activations)
+        found = {}
+        with rlxc.load(artifact, threads=1) as session:
+            for case, stack in CASES[variant].items():
+                session.adapters.clear()
+                for name, scale in stack:
+                    loaded = name in session.adapters.loaded
+                    session.adapters.push(name if loaded else files.adapters[name], scale)
+                found[case] = session.score(TEXT)
+        return found
+
+    return scores_
+
+
 @pytest.mark.parametrize("variant", CASES)
 def test_compiled_logits_equal_llama_cpp_s(
-    variant: str,
-    backend: BackendName,
-    tiny_files: TinyFiles,
-    compile_exact: Callable[..., Path],
-    reference: Reference,
+    variant: str, scores: Callable[[str, str], dict[str, Floats]], reference: Reference
 ) -> None:
-    files = tiny_files(variant)
-    # Matrices outside the layers take adapters only if one that changes them is there when the model is compiled.
-    known = [files.adapters["vocab"]] if "vocab" in files.adapters else []
-    artifact = compile_exact(files.model, backend, lora="split", adapters=known)
-    errors = {}
-    with rlxc.load(artifact, threads=1) as session:
-        for case, stack in CASES[variant].items():
-            # One session for all of them: what one stack did must be gone with the next.
-            session.adapters.clear()
-            for name, scale in stack:
-                loaded = name in session.adapters.loaded
-                session.adapters.push(name if loaded else files.adapters[name], scale)
-            errors[case] = error(variant, case, session.score(TEXT), reference)
+    found = scores(variant, "float32")
+    errors = {case: error(variant, case, logits, reference) for case, logits in found.items()}
     assert max(errors.values()) < 1, errors
+
+
+def test_int8_activations_stay_close(
+    scores: Callable[[str, str], dict[str, Floats]], reference: Reference
+) -> None:
+    found = scores("llama-k-m", "int8")
+    divergence = {
+        case: mean_divergence(reference[f"llama-k-m/{case}"], logits[-LAST:])
+        for case, logits in found.items()
+    }
+    # What rounding may cost without adapters, too (tests/models): beside it, numbers in f16 are nothing.
+    assert max(divergence.values()) < 5e-4, divergence
+
+
+def mean_divergence(reference: Floats, logits: Floats) -> float:
+    """Kullback-Leibler divergence of next-token distributions ``[n, vocab]``, in nats."""
+    p, q = (
+        rows - np.logaddexp.reduce(rows, -1, keepdims=True)
+        for rows in (reference.astype(float), logits.astype(float))
+    )
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
 def rescaled(adapter: Adapter, factor: float) -> Adapter:

@@ -1,8 +1,8 @@
-"""A Hugging Face folder with adapters that PEFT saved, against the logits that PEFT got: beside the weights, and folded."""
+"""Adapters that PEFT saved for a Hugging Face folder, beside the weights and folded, against PEFT's own logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from rlxc.weights.adapters import AdapterBase, open_adapter
 PEFT = Path(__file__).parent.parent / "data" / "peft_tiny"
 CompileExact = Callable[..., Path]
 Floats = npt.NDArray[np.floating]
-Stack = list[tuple[str, float]]
+Stack = Sequence[tuple[str, float]]
 
 # Logits have a standard deviation of 1 and adapters move them by as much and more. PEFT computes in f32 from the same
 # weights in another order of sums, which comes to 7e-6.
@@ -51,7 +51,7 @@ def peft_logits() -> dict[str, Floats]:
         return dict(stored)
 
 
-def assert_peft_s(artifact: Path, name: str, peft_logits: dict[str, Floats], stack: Stack = ()) -> None:  # type: ignore[assignment]
+def assert_peft_s(artifact: Path, name: str, peft_logits: dict[str, Floats], stack: Stack = ()) -> None:
     with rlxc.load(artifact, threads=1) as session:
         for adapter, scale in stack:
             session.adapters.push(PEFT / adapter, scale)
