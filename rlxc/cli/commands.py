@@ -206,7 +206,8 @@ def _compile(
     for line in loss_lines(read_losses(artifact)):
         note(line)
     if report:
-        note(fold_report(artifact, model, adapters, backend=backend, target=target, activations=activations))
+        same = {"backend": backend, "target": target, "activations": activations, "quantize": quantize}
+        note(fold_report(artifact, model, adapters, **same))
     for library in artifact.manifest.target.libraries:
         untuned = library.problems - library.tuned
         if untuned:

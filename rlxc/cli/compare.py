@@ -6,12 +6,12 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import rlxc
-from rlxc.artifact import Activations, Artifact, BackendName
+from rlxc.artifact import Artifact
 from rlxc.errors import OptionError
 from rlxc.passes import LoraMode
 
@@ -53,12 +53,12 @@ def fold_report(
     artifact: Artifact,
     model: Path,
     adapters: list[tuple[Path, float]],
-    *,
-    backend: BackendName | None,
-    target: str,
-    activations: Activations,
+    **options: Any,
 ) -> str:
-    """How far an artifact with folded adapters is from one that keeps them apart, which is compiled and thrown away."""
+    """How far an artifact with folded adapters is from one that keeps them apart, which is compiled and thrown away.
+
+    ``options`` are those of :func:`rlxc.compile` that the artifact was compiled with, besides the adapters' own.
+    """
     from rlxc.comparing import TEXT
     from rlxc.comparing import compare as compare_artifacts
 
@@ -66,13 +66,11 @@ def fold_report(
         rlxc.compile(
             model,
             path,
-            backend=backend,
-            target=target,
-            activations=activations,
             context=artifact.manifest.options.context,
             adapters=adapters,
             lora=mode,
             fold_to=fold_to,
+            **options,
         )
         return path
 
