@@ -23,12 +23,14 @@ class LoadedAdapter:
     Attributes:
         name: what the session calls it.
         source: the file or folder that it was read from.
+        fingerprint: of what it was read from at first, before it was compiled in.
         prepared: the engine's own form of it.
         invocation_tokens: an activated LoRA takes part from the last of these in a prompt on; empty for others.
     """
 
     name: str
     source: Path
+    fingerprint: str
     prepared: Prepared
     invocation_tokens: tuple[int, ...] = ()
 

@@ -85,7 +85,7 @@ class SessionAdapters:
         """Read an adapter and keep it ready, so that :meth:`push` takes no time.
 
         Args:
-            path: a GGUF file or a PEFT folder. One that is loaded already, under this name, is not read again.
+            path: a GGUF file or a PEFT folder. One that is loaded already, under this name, is not loaded again.
             name: what to call it; by default what the file or folder is called, without its suffix.
 
         Returns:
@@ -242,13 +242,16 @@ class SessionAdapters:
             if adapter.source == source and name in (None, adapter.name):
                 return adapter
         opened = self._open(path, name)
+        known = self._loaded.get(opened.name)
+        if known is not None and known.fingerprint == opened.fingerprint:
+            return known  # it was compiled in, or the file was copied
         if opened.name in self._loaded or opened.name in self._folded:
             raise SessionError(
                 f"another adapter is called {opened.name!r}",
                 source=path,
                 remedy="load this one with name=...",
             )
-        loaded = self._prepared(opened, plan, folded=())
+        loaded = self._prepared(opened, opened.fingerprint, plan, folded=())
         self._loaded[loaded.name] = loaded
         return loaded
 
@@ -260,7 +263,7 @@ class SessionAdapters:
             return
         path = self._artifact.file(entry.file)
         verification.wait(entry.file)
-        loaded = self._prepared(self._open(path, entry.name), self._plan(), entry.folded)
+        loaded = self._prepared(self._open(path, entry.name), entry.fingerprint, self._plan(), entry.folded)
         if entry.folded:
             self._below = (*self._below, (loaded, entry.scale))
         else:
@@ -276,7 +279,9 @@ class SessionAdapters:
         base = AdapterBase(model.architecture, model.layers, model.heads, model.kv_heads)
         return open_adapter(path, base, name=name)
 
-    def _prepared(self, adapter: Adapter, plan: LoraPlan, folded: Collection[str]) -> LoadedAdapter:
+    def _prepared(
+        self, adapter: Adapter, fingerprint: str, plan: LoraPlan, folded: Collection[str]
+    ) -> LoadedAdapter:
         """An adapter in the engine's memory, without the matrices that are folded.
 
         Raises:
@@ -311,7 +316,8 @@ class SessionAdapters:
             raise SessionError(
                 "not enough memory for the adapter", source=adapter.source, remedy="unload another one"
             ) from error
-        return LoadedAdapter(adapter.name, _resolved(adapter.source), prepared, adapter.invocation_tokens)
+        source = _resolved(adapter.source)
+        return LoadedAdapter(adapter.name, source, fingerprint, prepared, adapter.invocation_tokens)
 
     def _plan(self) -> LoraPlan:
         plan = self._artifact.manifest.lora

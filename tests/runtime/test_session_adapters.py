@@ -228,10 +228,22 @@ def test_second_adapter_of_a_name_is_refused(
     adapters.load(write_adapter("a"))
     other = tmp_path / "elsewhere" / "a.gguf"
     other.parent.mkdir()
-    write_adapter("b").rename(other)
+    write_adapter("b", seed=1).rename(other)
     with pytest.raises(SessionError, match="another adapter is called 'a'; load this one with name="):
         adapters.push(other)
     assert (len(engine.prepared), len(adapters)) == (1, 0)
+
+
+def test_copy_of_a_loaded_adapter_is_that_adapter(
+    split_session: Session, engine: Any, write_adapter: WriteAdapter, tmp_path: Path
+) -> None:
+    adapters = split_session.adapters
+    adapters.load(write_adapter("a"))
+    copied = tmp_path / "elsewhere" / "a.gguf"
+    copied.parent.mkdir()
+    write_adapter("b").rename(copied)
+    adapters.push(copied, 0.5)
+    assert (len(engine.prepared), adapters.entries()) == (1, [("a", 0.5)])
 
 
 @pytest.mark.parametrize("name", ["missing.gguf", "a\0b", "x" * 5000])
