@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rlxc import __version__
-from rlxc.adapting import AdapterArgument, AdapterOptions, adapt, adapter_file, lora_plan
+from rlxc.adapting import Adapted, AdapterArgument, AdapterOptions, adapt, adapter_file, lora_plan
 from rlxc.artifact import (
     DEFAULT_MAX_RANK,
     Activations,
@@ -41,10 +41,10 @@ from rlxc.ir.text import show_recipe
 from rlxc.models import Config
 from rlxc.passes import LoraMode, PipelineResult, WeightChanges, default_passes, run_passes
 from rlxc.reading import read_model
-from rlxc.vocab import tokenizer_of
+from rlxc.vocab import TokenizerFiles, tokenizer_of
 from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf_writer import adapter_bytes
-from rlxc.weights.source import open_model
+from rlxc.weights.source import ModelFile, open_model
 
 Progress = Callable[[str, int, int], None]
 """Told a stage's name, and how much of how much of it is done."""
@@ -116,12 +116,7 @@ def compile(
         adapted = adapt(wishes, graph, config, registry, trace)
         result = _lower(graph, engine.features, context, adapted.changes, trace=trace)
         plan = _lora_plan(result, engine.features, activations, lora_rank)
-        tokenizer = tokenizer_of(file.path, file.metadata, rows=config.vocab)
-        if tokenizer.vocab_size > config.vocab:
-            raise ModelError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows",
-                source=file.path,
-            )
+        tokenizer = _tokenizer(file, config)
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             total = len(result.graph.weights)
             done = 0
@@ -134,30 +129,11 @@ def compile(
             options = BuildOptions(activations, context, _max_step(context), target, plan)
             losses = Losses()
             libraries = engine.build(result.graph, adapted.read(file.data), writer, options, wrote, losses)
-            if losses.by_weight:
-                with writer.file(LOSSES) as sink:
-                    sink.write((json.dumps(losses.summary(), indent=1) + "\n").encode())
-            for number, adapter in adapted.split:
-                with writer.file(adapter_file(number)) as sink:
-                    sink.write(adapter_bytes(adapter))
-            with writer.file("tokenizer.json") as sink:
-                sink.write(tokenizer.tokenizer_json)
-            if tokenizer.chat_template is not None:
-                with writer.file("chat_template.jinja") as sink:
-                    sink.write(tokenizer.chat_template.encode())
+            _write_companions(writer, tokenizer, adapted, losses)
             tell("digests", 0, 1)
             manifest = Manifest(
                 rlxc=__version__,
-                model=ModelFacts(
-                    architecture=result.graph.name,
-                    name=text(file.metadata, "general.name"),
-                    fingerprint=file.fingerprint(),
-                    layers=config.layers,
-                    heads=config.heads,
-                    kv_heads=config.kv_heads,
-                    vocab_size=config.vocab,
-                    trained_context=config.trained_context,
-                ),
+                model=_model_facts(file, result.graph.name, config),
                 target=TargetFacts(engine.name, engine.runs_on, libraries),
                 options=Options(activations, context),
                 kv_cache=_kv_plan(result.facts["kv_cache"]),
@@ -169,8 +145,7 @@ def compile(
                 adapters=adapted.entries(),
             )
             for name, content in engine.companion_files(manifest).items():
-                with writer.file(name) as sink:
-                    sink.write(content)
+                _write(writer, name, content)
             artifact = writer.commit(manifest)
             tell("digests", 1, 1)
             return artifact
@@ -276,6 +251,47 @@ def _lora_plan(
 
 def _max_step(context: int) -> int:
     return min(MAX_STEP, context)
+
+
+def _tokenizer(file: ModelFile, config: Config) -> TokenizerFiles:
+    tokenizer = tokenizer_of(file.path, file.metadata, rows=config.vocab)
+    if tokenizer.vocab_size > config.vocab:
+        raise ModelError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab} rows",
+            source=file.path,
+        )
+    return tokenizer
+
+
+def _write_companions(
+    writer: ArtifactWriter, tokenizer: TokenizerFiles, adapted: Adapted, losses: Losses
+) -> None:
+    """What lies beside model and weights: tokenizer, chat template, adapters, and what encoding cost."""
+    _write(writer, "tokenizer.json", tokenizer.tokenizer_json)
+    if tokenizer.chat_template is not None:
+        _write(writer, "chat_template.jinja", tokenizer.chat_template.encode())
+    for number, adapter in adapted.split:
+        _write(writer, adapter_file(number), adapter_bytes(adapter))
+    if losses.by_weight:
+        _write(writer, LOSSES, (json.dumps(losses.summary(), indent=1) + "\n").encode())
+
+
+def _write(writer: ArtifactWriter, name: str, content: bytes) -> None:
+    with writer.file(name) as sink:
+        sink.write(content)
+
+
+def _model_facts(file: ModelFile, architecture: str, config: Config) -> ModelFacts:
+    return ModelFacts(
+        architecture=architecture,
+        name=text(file.metadata, "general.name"),
+        fingerprint=file.fingerprint(),
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        vocab_size=config.vocab,
+        trained_context=config.trained_context,
+    )
 
 
 def _kv_plan(facts: Any) -> KvPlan:

@@ -7,14 +7,10 @@ do not truncate a file that is open.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
-from os import PathLike, fstat, stat_result
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -22,20 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.errors import FormatError, WeightError
+from rlxc.weights.files import MappedFile
 from rlxc.weights.gguf_header import DAMAGED, Header, MetaValue, StringArray, TensorInfo, quote, read_header
 
 __all__ = ["GgufFile", "MetaValue", "StringArray", "TensorInfo", "open_gguf"]
 
-_HASH_CHUNK = 1 << 20
 _SHARD_NAME = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class _Shard:
-    path: Path
-    mapping: mmap.mmap
-    identity: tuple[int, ...]
+    file: MappedFile
     header: Header
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
 
 class GgufFile:
@@ -66,8 +64,7 @@ class GgufFile:
                 tensors[info.name] = info
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._spans = shards[0].header.spans
-        self._mappings = [shard.mapping for shard in shards]
-        self._identities = [(shard.path, shard.identity) for shard in shards]
+        self._files = [shard.file for shard in shards]
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, ``uint8 [nbytes]``: a read-only view of the mapping that outlives `close`.
@@ -82,7 +79,7 @@ class GgufFile:
                 source=self.path,
                 remedy="list its tensors with `rlxc inspect`",
             )
-        return np.frombuffer(self._mapped()[info.shard], np.uint8, info.nbytes, info.offset)
+        return np.frombuffer(self._opened()[info.shard].mapping, np.uint8, info.nbytes, info.offset)
 
     def pair(self, key: str) -> bytes:
         """A pair of the metadata as it is in the file: key, type and value.
@@ -93,28 +90,23 @@ class GgufFile:
         span = self._spans.get(key)
         if span is None:
             raise WeightError(f"has no metadata {quote(key)}", source=self.path, remedy="see `rlxc inspect`")
-        return self._mapped()[0][span]
+        return self._opened()[0].mapping[span]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the bytes of the file, shard after shard.
 
         Raises:
             FormatError: a file is gone or has changed since it was opened.
+            WeightError: the file is closed.
         """
         digest = hashlib.sha256()
-        # Read, not mapped: hashing would fault in every page, which takes longer than the hash itself.
-        buffer = memoryview(bytearray(_HASH_CHUNK))
-        for path, identity in self._identities:
-            with _reading(path) as file:
-                if _identity(fstat(file.fileno())) != identity:
-                    raise FormatError("has changed since it was opened", source=path, remedy="open it again")
-                while count := file.readinto(buffer):
-                    digest.update(buffer[:count])
+        for file in self._opened():
+            file.hash_into(digest)
         return digest.hexdigest()
 
     def close(self) -> None:
         """Let go of the mapping; it ends when the last view from `data` is gone."""
-        self._mappings = []
+        self._files = []
 
     def __enter__(self) -> GgufFile:
         return self
@@ -124,10 +116,10 @@ class GgufFile:
     ) -> None:
         self.close()
 
-    def _mapped(self) -> list[mmap.mmap]:
-        if not self._mappings:
+    def _opened(self) -> list[MappedFile]:
+        if not self._files:
             raise WeightError("the file is closed", source=self.path, remedy="open it again")
-        return self._mappings
+        return self._files
 
 
 def open_gguf(path: str | PathLike[str]) -> GgufFile:
@@ -194,32 +186,5 @@ def _split_number(shard: _Shard, key: str) -> int:
 
 
 def _open_shard(path: Path, index: int) -> _Shard:
-    with _reading(path) as file:
-        identity = _identity(fstat(file.fileno()))
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _Shard(path, mapping, identity, read_header(path, mapping, index))
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[FileIO]:
-    """A file that is there, regular and not empty, open to read."""
-    try:
-        # Looked at before opening, because opening a pipe would wait.
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
-            raise FormatError(what, source=path, remedy="pass the path of a .gguf file")
-        if status.st_size == 0:
-            raise FormatError("is empty", source=path, remedy="download or convert it again")
-        with FileIO(path) as file:
-            yield file
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise FormatError(
-            f"cannot be read: {why}", source=path, remedy="check the path and its permissions"
-        ) from error
-
-
-def _identity(status: stat_result) -> tuple[int, ...]:
-    """What stays the same while a file is neither replaced nor written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    file = MappedFile(path)
+    return _Shard(file, read_header(path, file.mapping, index))
