@@ -52,8 +52,8 @@ _CHAINS = 4
 # How far ahead one token asks for A, in bytes, and the bytes that come at a time.
 _AHEAD, _LINE = 2048, 64
 
-# One thread multiplies so many numbers of A in the two microseconds that a parallel region must save.
-_SERIAL_NUMBERS = 4096
+# So many columns times tokens are multiplied with A in about the time that a parallel region takes to begin.
+_SERIAL_NUMBERS = 1024
 
 Element = Literal["float16", "float32"]
 """How the numbers of adapters are stored."""
@@ -135,7 +135,7 @@ def lora_down_kernel(vectors: Vectors, down: LoraDown, *, stride: int) -> Kernel
 
                 for_tokens(bind(T.min(step - chunk, _CHUNK)), _SHARING, multiply)
 
-        with T.If(tasks * T.min(step, _CHUNK) > _SERIAL_NUMBERS // down.columns):
+        with T.If(T.And(tasks > 1, tasks * T.min(step, _CHUNK) > _SERIAL_NUMBERS // down.columns)):
             with T.Then(), parallel(tasks) as index:
                 task(index)
             with T.Else(), serial(tasks) as index:
