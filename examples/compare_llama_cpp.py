@@ -1,6 +1,6 @@
 """Speed of rlxc beside llama.cpp on the same GGUF, alternating in one run, so that both see the same machine.
 
-    python examples/compare_llama_cpp.py model.gguf [--threads 2] [--json]
+    python examples/compare_llama_cpp.py model.gguf [--threads 2] [--lora adapter.gguf] [--json]
 
 Each round measures, for one and then for the other: prefill of P random tokens into an empty context, N single-token
 steps after them, and N single-token steps from an empty context. Ratios are of medians over the rounds. llama.cpp must
@@ -40,9 +40,10 @@ class Rlxc:
 class LlamaCpp:
     """llama.cpp, driven through its C interface: the Python wrapper's own steps copy logits."""
 
-    def __init__(self, model: Path, context: int, threads: int) -> None:
+    def __init__(self, model: Path, lora: Path | None, context: int, threads: int) -> None:
         self.llama = Llama(
             str(model),
+            lora_path=str(lora) if lora else None,
             n_ctx=context,
             n_batch=context,
             n_threads=threads,
@@ -82,17 +83,23 @@ def main() -> None:
     parser.add_argument("-r", "--rounds", type=int, default=7)
     parser.add_argument("-b", "--backend", choices=("tvm", "onnx"), help="default: tvm where it is installed")
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--lora", type=Path, help="a GGUF adapter that both use beside the base weights")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "model.rlx"
-        rlxc.compile(args.model, artifact, backend=args.backend, context=args.prompt + args.tokens)
+        context = args.prompt + args.tokens
+        adapters = [args.lora] if args.lora else []
+        lora = "split" if adapters else "auto"
+        rlxc.compile(
+            args.model, artifact, backend=args.backend, context=context, adapters=adapters, lora=lora
+        )
         contenders = {
             "rlxc": Rlxc(artifact, args.threads),
-            "llama.cpp": LlamaCpp(args.model, args.prompt + args.tokens, args.threads),
+            "llama.cpp": LlamaCpp(args.model, args.lora, context, args.threads),
         }
         vocab = contenders["rlxc"].session.vocab_size
-        ids = np.random.default_rng(0).integers(0, vocab, args.prompt + args.tokens).tolist()
+        ids = np.random.default_rng(0).integers(0, vocab, context).tolist()
         prompt, rest = ids[: args.prompt], ids[args.prompt :]
         stages = (
             f"prefill {args.prompt}",
