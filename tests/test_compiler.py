@@ -158,7 +158,7 @@ def die(stage, done, total):
     if (stage, done) == (sys.argv[3], total if sys.argv[4] == "last" else int(sys.argv[4])):
         os.kill(os.getpid(), signal.SIGKILL)
 
-rlxc.compile(sys.argv[1], sys.argv[2], progress=die)
+rlxc.compile(sys.argv[1], sys.argv[2], backend="onnx", progress=die)
 """
 
 
@@ -175,7 +175,7 @@ def test_a_killed_compile_leaves_nothing_that_loads(
     assert len(left) == 1
     with pytest.raises(ArtifactError):
         rlxc.load(left[0])
-    rlxc.compile(tiny_gguf, output)
+    rlxc.compile(tiny_gguf, output, backend="onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.rlx"]
 
 

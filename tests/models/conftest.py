@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +39,17 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(
-    backend: BackendName, tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+def compile_tiny(
+    tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """``tiny_artifact(variant, activations, max_step=16)``: its artifact, compiled once, with rings of a few rows.
+    """``compile_tiny(backend, variant, activations, max_step=16)``: see `tiny_artifact`.
 
-    With float32 activations, caches are f32 too: rounding them to f16 would hide mistakes a hundred times as large.
+    It does not depend on the backend's parameter, whose changes would make an end of what is cached.
     """
     folder = tmp_path_factory.mktemp("tiny-artifacts")
 
-    def compiled(name: str, activations: str, max_step: int = 16) -> Path:
-        path = folder / f"{name}-{activations}-{max_step}.rlx"
+    def compiled(backend: BackendName, name: str, activations: str, max_step: int = 16) -> Path:
+        path = folder / f"{backend}-{name}-{activations}-{max_step}.rlx"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rlxc.compiler.MAX_STEP", max_step)
             if backend == "tvm" and activations == "float32":
@@ -60,6 +60,15 @@ def tiny_artifact(
         return path
 
     return cache(compiled)
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(backend: BackendName, compile_tiny: Callable[..., Path]) -> Callable[..., Path]:
+    """``tiny_artifact(variant, activations, max_step=16)``: its artifact, compiled once, with rings of a few rows.
+
+    With float32 activations, caches are f32 too: rounding them to f16 would hide mistakes a hundred times as large.
+    """
+    return partial(compile_tiny, backend)
 
 
 @pytest.fixture(scope="session")
