@@ -129,7 +129,7 @@ class TvmEngine:
 
     def close(self) -> None:
         """Release the model's memory."""
-        del self._step, self._module, self._fixed, self._weights
+        del self._step, self._module, self._fixed, self._weights, self._stacks
 
 
 def _map_tensors(path: Path) -> npt.NDArray[np.int8]:
