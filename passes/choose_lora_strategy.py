@@ -24,21 +24,21 @@ _SPLIT_BYTES = 2  # of a number of an adapter at run time
 # The relative root mean square error of normally distributed weights in each format; a re-encoded matrix has it anew.
 _ERRORS = {
     DType.F32: 0.0,
-    DType.F16: 0.0002,
-    DType.BF16: 0.0017,
-    DType.Q8_0: 0.006,
-    DType.Q6_K: 0.019,
-    DType.Q5_K: 0.037,
-    DType.Q5_0: 0.045,
-    DType.Q5_1: 0.041,
-    DType.Q4_K: 0.075,
-    DType.Q4_0: 0.09,
-    DType.Q4_1: 0.08,
-    DType.NF4: 0.09,
-    DType.FP4: 0.11,
-    DType.INT4: 0.1,
-    DType.Q3_K: 0.15,
-    DType.Q2_K: 0.3,
+    DType.F16: 0.00021,
+    DType.BF16: 0.00166,
+    DType.Q8_0: 0.00536,
+    DType.Q6_K: 0.0174,
+    DType.Q5_K: 0.0347,
+    DType.Q5_0: 0.0428,
+    DType.Q5_1: 0.0379,
+    DType.Q4_K: 0.0707,
+    DType.Q4_0: 0.0861,
+    DType.Q4_1: 0.0783,
+    DType.NF4: 0.0919,
+    DType.FP4: 0.122,
+    DType.INT4: 0.108,
+    DType.Q3_K: 0.147,
+    DType.Q2_K: 0.279,
 }
 
 
@@ -103,7 +103,7 @@ class ChooseLoraStrategy(Pass):
             return _Choice(self.mode == "fold", f"{self.mode} was asked for")
         if activated:
             return _Choice(False, "it acts only after its invocation tokens")
-        dtype = self.to.get(weight.name, weight.type.dtype)
+        dtype = self.to.get(name, weight.type.dtype)
         rows, columns = map(int, weight.type.shape)
         rank = sum(-(-change.rank // _UNIT) * _UNIT for change in changes if isinstance(change, Delta))
         added = rank * (rows + columns) * _SPLIT_BYTES
