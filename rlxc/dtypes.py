@@ -1,4 +1,4 @@
-"""Element types of tensors: plain ones, and packed ones: the block formats of GGUF and of QLoRA."""
+"""Element types of tensors: plain ones, those of caches, and packed ones: the block formats of GGUF and of QLoRA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from enum import Enum
 
 
 class DType(str, Enum):
-    """The type of a tensor's elements; its value is the spelling in IR text."""
+    """The type of a tensor's elements; its value is the spelling in IR text.
+
+    ``INT8`` is of caches only: codes, with one f32 scale for each row of the last axis.
+    """
 
     F32 = "f32"
     F16 = "f16"
@@ -14,6 +17,7 @@ class DType(str, Enum):
     I32 = "i32"
     I64 = "i64"
     BOOL = "bool"
+    INT8 = "int8"
 
     Q4_0 = "q4_0"
     Q4_1 = "q4_1"
@@ -38,7 +42,7 @@ class DType(str, Enum):
         return self.value
 
 
-_PLAIN = frozenset({DType.F32, DType.F16, DType.BF16, DType.I32, DType.I64, DType.BOOL})
+_PLAIN = frozenset({DType.F32, DType.F16, DType.BF16, DType.I32, DType.I64, DType.BOOL, DType.INT8})
 
 
 FLOATS = (DType.F32, DType.F16, DType.BF16)

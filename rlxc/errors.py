@@ -11,7 +11,10 @@
     ├── OptionError        an option has a value outside its range
     ├── ArtifactError      an artifact cannot be written, or is not what its manifest says
     └── SessionError       a session was asked for something it cannot do
-        └── ContextError   ... because the context is full
+        ├── ContextError   ... because the context is full
+        ├── RollbackError  ... because what it should go back to is no longer held
+        ├── SnapshotError  ... with a snapshot that is damaged, or of another model or plan
+        └── QueueFullError ... because too many requests wait already
 
 An error says in one line where the problem is, what it is and what to do next.
 """
@@ -79,3 +82,15 @@ class SessionError(RlxcError):
 
 class ContextError(SessionError):
     """The context is full."""
+
+
+class RollbackError(SessionError):
+    """What a sequence should go back to is no longer held."""
+
+
+class SnapshotError(SessionError):
+    """A snapshot is damaged, or it is of another model or another plan."""
+
+
+class QueueFullError(SessionError):
+    """Too many requests wait already."""

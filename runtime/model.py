@@ -12,7 +12,7 @@ from rlxc.artifact import Artifact, Verification
 from rlxc.errors import ContextError, SessionError
 from rlxc.runtime.engines import Engine
 from rlxc.runtime.logits import Floats, StepLogits
-from rlxc.runtime.sequence import Stack, Tokens, TokenSequence
+from rlxc.runtime.sequence import Span, Stack, Tokens, TokenSequence
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
@@ -84,13 +84,14 @@ class Model:
 
         Raises:
             ContextError: the tokens do not fit; the sequence is unchanged.
+            SessionError: there is not enough memory; the sequence holds those that were read.
         """
         self.check_room(len(tokens), sequence.position)
         end = sequence.position + len(tokens)
-        for chunk in self._chunks(sequence, tokens, stack, self.engine.max_step):
+        for chunk, span in self.chunks(sequence, tokens, stack, self.engine.max_step):
             is_last = sequence.position + len(chunk) == end
             rows = [len(chunk) - 1] if is_last else []  # logits cost as much as all layers together
-            logits = self._step([sequence], chunk[None], np.array(rows, np.int64), [stack])
+            logits = self._step([sequence], chunk[None], np.array(rows, np.int64), [span])
         self._verification.wait()
         return logits
 
@@ -101,43 +102,79 @@ class Model:
 
         Raises:
             ContextError: a sequence is full; all are unchanged.
+            SessionError: there is not enough memory; all are unchanged.
         """
         for sequence in sequences:
             self.check_room(1, sequence.position)
-        logits = self._step(sequences, np.array(ids, np.int64)[:, None], np.zeros(1, np.int64), stacks)
-        self._verification.wait()
-        return logits
+        spans = [Span(0, sequence.active(stack)) for sequence, stack in zip(sequences, stacks)]
+        return self.step(sequences, np.array(ids, np.int64)[:, None], np.zeros(1, np.int64), spans)
 
     def score(self, tokens: Tokens, stack: Stack) -> Floats:
         """The logits ``[len(tokens), vocab]`` after every token of a sequence of its own.
 
         Raises:
             ContextError: the tokens do not fit the context.
+            SessionError: there is not enough memory.
         """
         self.check_room(len(tokens))
         vocab = self.engine.vocab_size
         logits = np.empty((len(tokens), vocab), np.float32)
         sequence = self.new_sequence()
         size = min(self.engine.max_step, max(1, _SCORE_LOGITS // vocab))
-        for chunk in self._chunks(sequence, tokens, stack, size):
+        for chunk, span in self.chunks(sequence, tokens, stack, size):
             start, rows = sequence.position, np.arange(len(chunk), dtype=np.int64)
-            step = self._step([sequence], chunk[None], rows, [stack])
+            step = self._step([sequence], chunk[None], rows, [span])
             logits[start : start + len(chunk)] = step.values[0]
         self._verification.wait()
         return logits
 
-    def _chunks(self, sequence: TokenSequence, tokens: Tokens, stack: Stack, size: int) -> Iterator[Tokens]:
-        for part in sequence.prompt_parts(tokens, stack):
-            for start in range(0, len(part), size):
-                yield part[start : start + size]
+    def chunks(
+        self, sequence: TokenSequence, tokens: Tokens, stack: Stack, size: int
+    ) -> Iterator[tuple[Tokens, Span]]:
+        """A prompt in pieces of at most ``size`` tokens, each with what to read it with; read each before the next."""
+        spans = sequence.spans(tokens, stack)
+        sequence.invoke(tokens, stack)
+        ends = [*(span.begin for span in spans[1:]), len(tokens)]
+        for span, end in zip(spans, ends):
+            for start in range(span.begin, end, size):
+                yield tokens[start : min(start + size, end)], span
+
+    def step(
+        self,
+        sequences: Sequence[TokenSequence],
+        ids: Tokens,
+        rows: npt.NDArray[np.int64],
+        spans: Sequence[Span],
+    ) -> StepLogits:
+        """Append ids ``[B, S]`` to ``B`` sequences that have room, each read with its span's adapters.
+
+        Returns:
+            The logits after the tokens in the places ``rows [R]`` of 0 ... S - 1, of every sequence.
+
+        Raises:
+            SessionError: there is not enough memory; all sequences are unchanged.
+        """
+        logits = self._step(sequences, ids, rows, spans)
+        self._verification.wait()
+        return logits
 
     def _step(
         self,
         sequences: Sequence[TokenSequence],
         ids: Tokens,
         rows: npt.NDArray[np.int64],
-        stacks: Sequence[Stack],
+        spans: Sequence[Span],
     ) -> StepLogits:
-        mixes = [sequence.mix(stack) for sequence, stack in zip(sequences, stacks)]
+        mixes = [[(adapter.prepared, scale) for adapter, scale in span.adapters] for span in spans]
         caches = [sequence.cache for sequence in sequences]
-        return self.engine.step(caches, ids, rows, mixes if any(mixes) else ())
+        try:
+            logits = self.engine.step(caches, ids, rows, mixes if any(mixes) else ())
+        except MemoryError as error:
+            raise SessionError(
+                f"not enough memory to hold {ids.size} more tokens",
+                source=self._artifact.path,
+                remedy="let go of snapshots, use fewer sequences at once, or a smaller prefix_cache",
+            ) from error
+        for sequence, tokens, span in zip(sequences, ids, spans):
+            sequence.extend(tokens, span)
+        return logits

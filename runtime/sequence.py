@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.runtime.engines import Cache, Mix, Prepared
+from rlxc.errors import RollbackError
+from rlxc.runtime.engines import Cache, Prepared
 
 Tokens = npt.NDArray[np.int64]
 
@@ -39,58 +39,137 @@ Stack = tuple[tuple[LoadedAdapter, float], ...]
 """Adapters with their scales. A change makes another one: the same object always means the same."""
 
 
+Reading = tuple[tuple[str, float], ...]
+"""The adapters that took part when tokens were read, by their fingerprints, each with its scale."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of a prompt from number ``begin`` on, up to the next span, and the adapters that they are read with."""
+
+    begin: int
+    adapters: Stack
+
+    @property
+    def reading(self) -> Reading:
+        """The adapters, told apart by what they are."""
+        return tuple((adapter.fingerprint, scale) for adapter, scale in self.adapters)
+
+
 class TokenSequence:
-    """Tokens that a model has read.
+    """Tokens that a model has read, and what it read them with.
 
     An activated LoRA (Greenewald et al. 2025, https://arxiv.org/abs/2504.12397) is trained to leave a prompt alone up
     to its invocation tokens, so that it can use the keys and values that the model made without it. It takes part from
-    the first token of their last occurrence on, as in PEFT. The sequence remembers which adapters were invoked.
+    the first token of their last occurrence on, as in PEFT. The sequence remembers where adapters were invoked.
+
+    Attributes:
+        cache: the engine's memory of them.
+        tokens: their ids, ``int64``.
+        readings: what they were read with, each from that token on.
+        invoked: where activated adapters joined in, by fingerprint.
     """
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._invoked: WeakSet[LoadedAdapter] = WeakSet()
+        self.tokens = array("q")
+        self.readings: list[tuple[int, Reading]] = []
+        self.invoked: dict[str, int] = {}
         self._stack: Stack = ()
-        self._mix: Mix[Any] = ()
+        self._active: Stack = ()
 
     @property
     def position(self) -> int:
         """The number of tokens held."""
         return self.cache.position
 
-    def mix(self, stack: Stack) -> Mix[Any]:
-        """What a step runs with: the adapters of a stack that take part, each once."""
-        if stack is not self._stack:
-            self._stack, self._mix = stack, self._mixed(stack)
-        return self._mix
+    @property
+    def ids(self) -> Tokens:
+        """A copy of the tokens."""
+        return np.array(self.tokens, np.int64)
 
-    def prompt_parts(self, tokens: Tokens, stack: Stack) -> Iterator[Tokens]:
-        """Cut a prompt where activated adapters of the stack join in; run each part before asking for the next."""
-        starts: dict[int, list[LoadedAdapter]] = {}
-        for adapter, _ in stack:
-            if adapter.invocation_tokens and adapter not in self._invoked:
-                start = _last_occurrence(tokens, adapter.invocation_tokens)
-                if start is not None:
-                    starts.setdefault(start, []).append(adapter)
-        begin = 0
-        for start, adapters in sorted(starts.items()):
-            if start > begin:
-                yield tokens[begin:start]
-            self._invoked.update(adapters)
-            self._stack, self._mix = stack, self._mixed(stack)
-            begin = start
-        yield tokens[begin:]
+    def fork(self) -> TokenSequence:
+        """Another sequence that holds the same; the two share memory until one of them grows."""
+        fork = TokenSequence(self.cache.fork())
+        fork.tokens, fork.readings = self.tokens[:], self.readings[:]
+        fork.invoked = dict(self.invoked)
+        return fork
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens from ``position`` on.
+
+        Raises:
+            RollbackError: there are not as many, or layers no longer hold what was before; the sequence is unchanged.
+        """
+        oldest, held = self.cache.oldest, self.position
+        if not 0 <= position <= held:
+            raise RollbackError(f"cannot go to position {position}: the sequence holds {held} tokens")
+        if position < oldest:
+            raise RollbackError(
+                f"cannot go back to position {position}: what sliding-window layers saw there is gone, "
+                f"{oldest} is the first that they hold",
+                remedy="read the tokens again (replay=True), or compile with a larger --rollback",
+            )
+        self.cache.truncate(position)
+        del self.tokens[position:]
+        while self.readings and self.readings[-1][0] >= position:
+            self.readings.pop()
+        gone = [fingerprint for fingerprint, start in self.invoked.items() if start >= position]
+        for fingerprint in gone:
+            del self.invoked[fingerprint]
+        if gone:
+            self.release_adapters()
+
+    def extend(self, ids: Tokens, span: Span) -> None:
+        """Note tokens that the cache has taken in."""
+        if not self.readings or self.readings[-1][1] != span.reading:
+            self.readings.append((len(self.tokens), span.reading))
+        self.tokens.frombytes(ids.tobytes())
+
+    def active(self, stack: Stack) -> Stack:
+        """The adapters of a stack that take part in the next step, each once."""
+        if stack is not self._stack:
+            self._stack, self._active = stack, _together(stack, self.invoked)
+        return self._active
+
+    def spans(self, tokens: Tokens, stack: Stack) -> list[Span]:
+        """A prompt to be appended, cut where activated adapters of the stack join in."""
+        invoked = dict(self.invoked)
+        spans = [Span(0, _together(stack, invoked))]
+        for begin, fingerprints in sorted(self._invocations(tokens, stack).items()):
+            invoked |= dict.fromkeys(fingerprints, begin)
+            span = Span(begin, _together(stack, invoked))
+            spans = [*spans, span] if begin else [span]
+        return spans
+
+    def invoke(self, tokens: Tokens, stack: Stack) -> None:
+        """Note where activated adapters join in, in a prompt that will be appended."""
+        for begin, fingerprints in self._invocations(tokens, stack).items():
+            self.invoked |= dict.fromkeys(fingerprints, self.position + begin)
+            self.release_adapters()
 
     def release_adapters(self) -> None:
         """Let go of the adapters, so that their memory can be freed."""
-        self._stack, self._mix = (), ()
+        self._stack, self._active = (), ()
 
-    def _mixed(self, stack: Stack) -> Mix[Any]:
-        scales: dict[LoadedAdapter, float] = {}
-        for adapter, scale in stack:
-            if not adapter.invocation_tokens or adapter in self._invoked:
-                scales[adapter] = scales.get(adapter, 0.0) + scale
-        return tuple((adapter.prepared, scale) for adapter, scale in scales.items() if scale)
+    def _invocations(self, tokens: Tokens, stack: Stack) -> dict[int, list[str]]:
+        """Where adapters of the stack join in, that have not yet, by their fingerprints."""
+        starts: dict[int, list[str]] = {}
+        for adapter, _ in stack:
+            if adapter.invocation_tokens and adapter.fingerprint not in self.invoked:
+                start = _last_occurrence(tokens, adapter.invocation_tokens)
+                if start is not None:
+                    starts.setdefault(start, []).append(adapter.fingerprint)
+        return starts
+
+
+def _together(stack: Stack, invoked: Container[str]) -> Stack:
+    """The adapters of a stack that take part, each once, with the sum of its scales."""
+    scales: dict[LoadedAdapter, float] = {}
+    for adapter, scale in stack:
+        if not adapter.invocation_tokens or adapter.fingerprint in invoked:
+            scales[adapter] = scales.get(adapter, 0.0) + scale
+    return tuple((adapter, scale) for adapter, scale in scales.items() if scale)
 
 
 def _last_occurrence(tokens: Tokens, wanted: tuple[int, ...]) -> int | None:

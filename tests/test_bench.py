@@ -41,7 +41,7 @@ MANIFEST = Manifest(
     ),
     target=TargetFacts("onnx", "onnxruntime>=1.0"),
     options=Options("int8", context=8),
-    kv_cache=KvPlan(8, 8, 32, ()),
+    kv_cache=KvPlan(8, 8, 0, None, 32, ()),
     tokenizer=TokenizerFacts(None, (), add_bos=False, add_eos=False),
     weights=(
         WeightEntry("token_embd.weight", DType.F32, (10, 4), "", 160),

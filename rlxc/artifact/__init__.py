@@ -5,6 +5,14 @@ opened with every field, size and digest checked. Digests find damage; they are 
 """
 
 from rlxc.artifact.fields import Activations, BackendName
+from rlxc.artifact.kv import (
+    DEFAULT_ROLLBACK,
+    KEY_TILE,
+    KvCacheType,
+    KvLayer,
+    KvPlan,
+    PageLayout,
+)
 from rlxc.artifact.lora import DEFAULT_MAX_RANK, UNIT_RANK, LoraGroup, LoraPart, LoraPlan
 from rlxc.artifact.manifest import (
     FORMAT,
@@ -12,8 +20,6 @@ from rlxc.artifact.manifest import (
     VERSION,
     AdapterEntry,
     FileEntry,
-    KvLayer,
-    KvPlan,
     Library,
     Manifest,
     ModelFacts,
@@ -27,7 +33,9 @@ from rlxc.artifact.write import ArtifactWriter, FileWriter
 
 __all__ = [
     "DEFAULT_MAX_RANK",
+    "DEFAULT_ROLLBACK",
     "FORMAT",
+    "KEY_TILE",
     "MANIFEST",
     "UNIT_RANK",
     "VERSION",
@@ -38,6 +46,7 @@ __all__ = [
     "BackendName",
     "FileEntry",
     "FileWriter",
+    "KvCacheType",
     "KvLayer",
     "KvPlan",
     "Library",
@@ -47,6 +56,7 @@ __all__ = [
     "Manifest",
     "ModelFacts",
     "Options",
+    "PageLayout",
     "TargetFacts",
     "TokenizerFacts",
     "Verification",

@@ -23,6 +23,7 @@ from rlxc.artifact.fields import (
     Sha256,
     text,
 )
+from rlxc.artifact.kv import KvPlan
 from rlxc.artifact.lora import UNIT_RANK, LoraPlan
 from rlxc.dtypes import DType
 from rlxc.errors import ArtifactError
@@ -85,33 +86,6 @@ class Options:
 
     activations: Activations
     context: Count
-
-
-@dataclass(frozen=True)
-class KvLayer:
-    """The cache of one layer: ``capacity`` positions of ``heads`` x ``head_dim`` keys, and as many values.
-
-    A ``ring`` keeps the last ``capacity`` positions; attention sees ``window`` of them.
-    """
-
-    index: Index
-    layout: Literal["linear", "ring"]
-    capacity: Count
-    window: Count | None
-    heads: Count
-    head_dim: Count
-    dtype: DType
-    bytes_per_token: Count
-
-
-@dataclass(frozen=True)
-class KvPlan:
-    """How the runtime keeps keys and values: ``context`` tokens, added at most ``max_step`` at a time."""
-
-    context: Count
-    max_step: Count
-    bytes_per_token: Count
-    layers: tuple[KvLayer, ...]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,55 @@ from rlxc.runtime.cpu import choose_library
 from rlxc.runtime.logits import Floats, StepLogits
 
 
+C = TypeVar("C", bound="Cache")
+
+
+@dataclass(frozen=True)
+class KvRows:
+    """The keys and values that one layer holds, as they are stored: positions ``first`` to ``first + n - 1``.
+
+    Attributes:
+        first: the oldest position held; 0 but for layers that a window has moved on in.
+        keys: ``[n, kv_dim]``: float32, float16, uint16 (the bits of bf16) or int8 (codes).
+        values: alike.
+        key_scales: f32 ``[n, heads]``, which codes are multiplied with; None for floats.
+        value_scales: alike.
+    """
+
+    first: int
+    keys: npt.NDArray[Any]
+    values: npt.NDArray[Any]
+    key_scales: Floats | None = None
+    value_scales: Floats | None = None
+
+
 class Cache(Protocol):
-    """The keys and values of one sequence, in buffers that the engine owns."""
+    """The keys and values of one sequence, in buffers that the engine owns.
+
+    A model with recurrent layers would keep checkpoints of their states here: :meth:`fork` copies the newest one, and
+    :attr:`oldest` is the oldest one's position.
+    """
 
     @property
     def position(self) -> int:
         """The number of tokens held."""
+
+    @property
+    def oldest(self) -> int:
+        """The least number of tokens that it can be cut back to; 0 where every layer keeps everything."""
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens from ``position`` on, which is from :attr:`oldest` to :attr:`position`; copies nothing."""
+
+    def fork(self: C) -> C:
+        """Another cache with the same tokens. The two share memory until one of them writes; this copies nothing."""
+
+    @property
+    def memory(self) -> Mapping[int, int]:
+        """The bytes of each piece of memory in use, by what tells it apart: shared pieces have one name in all."""
+
+    def rows(self) -> list[KvRows]:
+        """A copy of what each layer of the plan holds, in order; of a layer that shares another's, no rows."""
 
 
 class Prepared(Protocol):
@@ -35,7 +78,6 @@ class Prepared(Protocol):
         """Bytes of memory that it takes."""
 
 
-C = TypeVar("C", bound=Cache)
 P = TypeVar("P", bound=Prepared)
 
 Mix = Sequence[tuple[P, float]]
@@ -66,6 +108,9 @@ class Engine(Protocol[C, P]):
     def new_cache(self) -> C:
         """An empty cache."""
 
+    def load_cache(self, position: int, layers: Sequence[KvRows]) -> C:
+        """A cache of ``position`` tokens with these rows, as :meth:`Cache.rows` gave them; shapes and types fit."""
+
     @property
     def ticks(self) -> npt.NDArray[np.int64] | None:
         """When each call of a kernel in the last step began, and when the last one ended.
@@ -91,6 +136,9 @@ class Engine(Protocol[C, P]):
             ids: ``[B, S]`` tokens of the vocabulary, 1 ... ``max_step`` in all.
             rows: ``[R]``, the positions in 0 ... S - 1 whose logits are wanted, the same of each sequence; maybe none.
             mixes: ``B`` stacks of adapters, one for each sequence; none at all means that every stack is empty.
+
+        Raises:
+            MemoryError: there is none for more tokens; the caches are unchanged.
         """
 
     def close(self) -> None:

@@ -247,4 +247,4 @@ def _plan(graph: Graph) -> KvPlan:
                 KvLayer(len(layers), op.layout, capacity, op.window, heads, dim, type_.dtype, size)  # type: ignore[arg-type]
             )
     context = max(layer.capacity for layer in layers)
-    return KvPlan(context, 16, sum(layer.bytes_per_token for layer in layers), tuple(layers))
+    return KvPlan(context, 16, 0, None, sum(layer.bytes_per_token for layer in layers), tuple(layers))

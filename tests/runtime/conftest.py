@@ -35,7 +35,7 @@ from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.dtypes import DType
 from rlxc.passes import LoraMode
 from rlxc.runtime import Session
-from rlxc.runtime.engines import Mix, Pairs
+from rlxc.runtime.engines import KvRows, Mix, Pairs
 from rlxc.runtime.logits import StepLogits
 from rlxc.runtime.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ from adapters import random_pairs, write_gguf_adapter
 
 BOS, EOS, FIRST_BYTE = 0, 1, 2
 VOCAB = FIRST_BYTE + 256
-CONTEXT, MAX_STEP = 40, 8
+CONTEXT, MAX_STEP, ROLLBACK = 40, 8, 6
 SHAPES = {
     "blk.0.attn_q.weight": (8, 4),
     "blk.0.attn_k.weight": (4, 4),
@@ -89,7 +89,9 @@ MANIFEST = Manifest(
     ),
     target=TargetFacts("onnx", installed_runtime().name),
     options=Options("int8", context=CONTEXT),
-    kv_cache=KvPlan(CONTEXT, MAX_STEP, 32, (KvLayer(0, "linear", CONTEXT, None, 1, 4, DType.F32, 32),)),
+    kv_cache=KvPlan(
+        CONTEXT, MAX_STEP, ROLLBACK, None, 32, (KvLayer(0, "linear", CONTEXT, None, 1, 4, DType.F32, 32),)
+    ),
     tokenizer=TokenizerFacts(bos_id=BOS, eos_ids=(EOS,), add_bos=True, add_eos=False),
     weights=(),
 )
@@ -127,12 +129,38 @@ def write_artifact(path: Path, manifest: Manifest = MANIFEST, **files: bytes) ->
 
 @dataclass
 class FakeCache:
+    """Keeps everything; with a ``window``, it can go back by `ROLLBACK` tokens from the furthest it has been."""
+
     ids: list[int] = field(default_factory=list)
     mixes: list[Mix[Any]] = field(default_factory=list)  # what each token was read with
+    window: bool = False
+    furthest: int = 0
 
     @property
     def position(self) -> int:
         return len(self.ids)
+
+    @property
+    def oldest(self) -> int:
+        return max(0, self.furthest - ROLLBACK) if self.window else 0
+
+    def truncate(self, position: int) -> None:
+        assert self.oldest <= position <= self.position
+        del self.ids[position:], self.mixes[position:]
+
+    def fork(self) -> FakeCache:
+        return replace(self, ids=self.ids[:], mixes=self.mixes[:])
+
+    @property
+    def memory(self) -> dict[int, int]:
+        """Pages of four tokens; caches that hold the same tokens up to a page's end share it."""
+        ends = range(4, self.position + 4, 4)
+        return {hash((end, tuple(self.ids[:end]))): 64 for end in ends}
+
+    def rows(self) -> list[KvRows]:
+        """Keys are the ids, values what each was read with."""
+        keys = np.repeat(np.array(self.ids, np.float32)[:, None], 4, axis=1)
+        return [KvRows(0, keys, np.zeros_like(keys))]
 
 
 class FakeAdapter:
@@ -157,8 +185,8 @@ class FakeEngine:
 
     vocab_size, context, max_step, ticks = VOCAB, CONTEXT, MAX_STEP, None
 
-    def __init__(self, script: Sequence[int] = ()) -> None:
-        self.script = script
+    def __init__(self, script: Sequence[int] = (), window: bool = False) -> None:
+        self.script, self.window = script, window
         self.steps: list[int] = []  # tokens of each sequence
         self.mixes: list[list[Mix[Any]]] = []  # of each step, one for each sequence
         self.prepared: list[FakeAdapter] = []
@@ -175,7 +203,13 @@ class FakeEngine:
         return row
 
     def new_cache(self) -> FakeCache:
-        return FakeCache()
+        return FakeCache(window=self.window)
+
+    def load_cache(self, position: int, layers: Sequence[KvRows]) -> FakeCache:
+        (rows,) = layers
+        assert rows.first == 0 and len(rows.keys) == position
+        ids = [int(key[0]) for key in rows.keys]
+        return FakeCache(ids, [()] * position, self.window, position)
 
     def prepare(self, pairs: Pairs) -> FakeAdapter:
         self.prepared.append(FakeAdapter(pairs))
@@ -211,6 +245,7 @@ class FakeEngine:
         assert all(scale and np.isfinite(scale) for _, scale in mix)
         start = cache.position
         cache.ids += tokens
+        cache.furthest = max(cache.furthest, len(cache.ids))
         cache.mixes += [tuple(mix)] * len(tokens)
         ends = [start + int(row) + 1 for row in rows]
         return [self.logits(cache.ids[:end], cache.mixes[:end]) for end in ends]
