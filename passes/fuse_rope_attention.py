@@ -37,7 +37,7 @@ def _rule(graph: Graph, node: Node) -> Replacement | NoMatch | None:
 
     key_write, value_write = writes
     assert isinstance(key_write.op, KvWrite)
-    (key_cache, k, past), (value_cache, v, _) = key_write.inputs, value_write.inputs
+    (key_cache, k, past, *table), (value_cache, v, *_) = key_write.inputs, value_write.inputs
     old = (*found, *writes, node)
     q, spec = node.inputs[0], None
     factors: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ def _rule(graph: Graph, node: Node) -> Replacement | NoMatch | None:
             old += (q_rope, k_rope)
             q, k, spec, factors = q_rope.inputs[0], k_rope.inputs[0], q_rope.op.spec, q_rope.inputs[2:]
     op = GroupQueryAttention(node.op.heads, node.op.scale, key_write.op.layout, node.op.window, spec)
-    inputs = (q, k, v, key_cache, value_cache, past, *factors)
+    inputs = (q, k, v, key_cache, value_cache, past, *table, *factors)
     outputs = (node.outputs[0], key_write.outputs[0], value_write.outputs[0])
     return Replacement(old, (Node(op, inputs, outputs),), missed=missed)
 
@@ -69,10 +69,10 @@ def _why_apart(graph: Graph, attention: Node, reads: list[Node], writes: list[No
         return "what it reads is also read elsewhere"
     if any(graph.users[write.outputs[0]] != (read,) for write, read in zip(writes, reads)):
         return "its caches are also read elsewhere"
-    pasts = {node.inputs[2] for node in (*reads, *writes)}
+    pasts = {node.inputs[2:] for node in (*reads, *writes)}  # and block tables
     assert isinstance(key_read.op, KvRead) and isinstance(attention.op, Attention)
     alike = key_read.op == value_read.op and key_write.op == value_write.op and len(pasts) == 1
-    # A ring gives what the window sees, a linear cache gives everything.
+    # By window, attention reads what it sees anyway; a linear cache gives everything.
     if not alike or key_read.op.window not in (None, attention.op.window):
         return "its caches are laid out differently"
     return ""

@@ -43,9 +43,18 @@ class WeightChanges:
 
 
 def default_passes(
-    features: TargetFeatures, *, context: int, max_step: int, changes: WeightChanges
+    features: TargetFeatures,
+    *,
+    context: int,
+    max_step: int,
+    rollback: int,
+    cache_dtype: DType | None,
+    changes: WeightChanges,
 ) -> list[Pass]:
     """What happens to every model on its way to a target, in this order."""
+    cache = ScheduleKvCache(
+        features, context=context, max_step=max_step, rollback=rollback, dtype=cache_dtype
+    )
     return [
         FoldLora(changes.folded, changes.fold_to),  # while every matrix is one tensor of the file
         QuantizeWeights(changes.formats),  # likewise
@@ -57,7 +66,7 @@ def default_passes(
         FuseQkv(features),  # looks through norm, rope and growing cache
         FuseGatedMlp(features),
         SplitLora(changes.split),  # one side path for what is one product
-        ScheduleKvCache(features, context=context, max_step=max_step),
+        cache,
         FuseRopeAttention(features),  # needs the scheduled caches
         RemoveDead(),  # what the passes above left without users
     ]

@@ -10,16 +10,18 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from rlxc import __version__
 from rlxc.adapting import Adapted, AdapterArgument, AdapterOptions, adapt, adapter_file, lora_plan
 from rlxc.artifact import (
     DEFAULT_MAX_RANK,
+    DEFAULT_ROLLBACK,
     Activations,
     Artifact,
     ArtifactWriter,
     BackendName,
+    KvCacheType,
     KvLayer,
     KvPlan,
     LoraPlan,
@@ -30,7 +32,7 @@ from rlxc.artifact import (
     TokenizerFacts,
     WeightEntry,
 )
-from rlxc.backends import BuildOptions, default_backend, get_backend
+from rlxc.backends import Backend, BuildOptions, default_backend, get_backend
 from rlxc.backends.recipes import Losses
 from rlxc.dtypes import DType
 from rlxc.errors import ModelError, OptionError
@@ -71,6 +73,8 @@ def compile(
     target: str = "native",
     activations: Activations = "int8",
     context: int | None = None,
+    kv_cache: KvCacheType = "auto",
+    rollback: int = DEFAULT_ROLLBACK,
     adapters: Sequence[AdapterArgument] = (),
     lora: LoraMode = "auto",
     lora_rank: int = DEFAULT_MAX_RANK,
@@ -91,6 +95,10 @@ def compile(
         activations: ``int8`` lets matrix products round their inputs to 8 bits per block, as llama.cpp does;
             ``float32`` keeps them exact and is slow.
         context: number of positions, at most what the model was trained for; by default 4096, or that if it is less.
+        kv_cache: how keys and values are stored: ``f32``, ``f16``, ``bf16`` or ``int8``, of which each backend has
+            some; ``auto`` is ``f16`` on tvm and ``f32`` on onnx.
+        rollback: how many of the newest tokens a session can always take back. Layers with a sliding window keep that
+            much more than their window.
         adapters: LoRA adapters (GGUF files, PEFT folders), with scales or without. A new session starts with them.
         lora: ``split`` keeps adapters beside the weights: sessions push, pop and rescale them and any others. ``fold``
             makes them part of the weights. ``auto`` folds where that costs little accuracy, and splits else.
@@ -110,11 +118,23 @@ def compile(
     wishes = AdapterOptions(adapters, lora, lora_rank, fold_to, quantize)
     tell: Progress = progress or (lambda stage, done, total: None)
     engine = get_backend(backend or default_backend())
+    cache_dtype = _cache_dtype(kv_cache, engine)
+    if rollback < 0:
+        raise OptionError(f"rollback {rollback} is less than 0", remedy="give a number of tokens")
     with open_model(model) as file:
         config, registry, graph = read_model(file)
         context = _checked_context(context, config, file.path)
         adapted = adapt(wishes, graph, config, registry, trace)
-        result = _lower(graph, engine.features, context, adapted.changes, trace=trace)
+        result = _lower(
+            graph,
+            engine.features,
+            context,
+            adapted.changes,
+            cache_dtype=cache_dtype,
+            rollback=rollback,
+            trace=trace,
+        )
+        kv_plan = _kv_plan(result)
         plan = _lora_plan(result, engine.features, activations, lora_rank)
         tokenizer = _tokenizer(file, config)
         with ArtifactWriter(output, overwrite=overwrite) as writer:
@@ -126,7 +146,7 @@ def compile(
                 done += 1
                 tell("weights", done, total)
 
-            options = BuildOptions(activations, context, _max_step(context), target, plan)
+            options = BuildOptions(activations, target, kv_plan, plan)
             losses = Losses()
             libraries = engine.build(result.graph, adapted.read(file.data), writer, options, wrote, losses)
             _write_companions(writer, tokenizer, adapted, losses)
@@ -136,7 +156,7 @@ def compile(
                 model=_model_facts(file, result.graph.name, config),
                 target=TargetFacts(engine.name, engine.runs_on, libraries),
                 options=Options(activations, context),
-                kv_cache=_kv_plan(result.facts["kv_cache"]),
+                kv_cache=kv_plan,
                 tokenizer=TokenizerFacts(
                     tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos, tokenizer.add_eos
                 ),
@@ -168,6 +188,7 @@ def lower(
     *,
     backend: str | None = None,
     context: int | None = None,
+    kv_cache: KvCacheType = "auto",
     adapters: Sequence[AdapterArgument] = (),
     lora: LoraMode = "auto",
     fold_to: str | None = None,
@@ -182,17 +203,26 @@ def lower(
     Raises:
         RlxcError: the input is damaged or not supported, or there is no such pass.
     """
+    engine = get_backend(backend or default_backend())
+    cache_dtype = _cache_dtype(kv_cache, engine)
     with open_model(model) as file:
         config, registry, graph = read_model(file)
         context = _checked_context(context, config, file.path)
-        features = get_backend(backend or default_backend()).features
         wishes = AdapterOptions(adapters, lora, fold_to=fold_to, quantize=quantize)
         adapted = adapt(wishes, graph, config, registry, trace)
         decisions = [
             f"# {name}: {'fold' if decision['fold'] else 'split'}, {decision['reason']}\n"
             for name, decision in adapted.decisions.items()
         ]
-        result = _lower(graph, features, context, adapted.changes, after=after, trace=trace)
+        result = _lower(
+            graph,
+            engine.features,
+            context,
+            adapted.changes,
+            cache_dtype=cache_dtype,
+            after=after,
+            trace=trace,
+        )
         return "".join(decisions) + show(result.graph)
 
 
@@ -211,9 +241,9 @@ def tuning_problems(model: str | os.PathLike[str], *, target: CpuTarget) -> list
     with open_model(model) as file:
         config, _, graph = read_model(file)
         context = _checked_context(None, config, file.path)
-        graph = _lower(graph, TvmBackend.features, context, WeightChanges()).graph
-        options = BuildOptions("int8", context, _max_step(context), target.name)
-        return tuning_problems(graph, target, file.data, options)
+        result = _lower(graph, TvmBackend.features, context, WeightChanges())
+        options = BuildOptions("int8", target.name, _kv_plan(result))
+        return tuning_problems(result.graph, target, file.data, options)
 
 
 def _checked_context(context: int | None, config: Config, source: Path) -> int:
@@ -227,16 +257,38 @@ def _checked_context(context: int | None, config: Config, source: Path) -> int:
     return context
 
 
+def _cache_dtype(name: KvCacheType, backend: Backend) -> DType | None:
+    """The type that ``kv_cache`` names, None where the backend chooses."""
+    known = {dtype.value: dtype for dtype in backend.features.cache_dtypes}
+    if name == "auto":
+        return None
+    if name not in known:
+        raise OptionError(
+            f"the {backend.name} backend has no kv_cache {name!r}",
+            remedy=f"choose one of: auto, {', '.join(known)}",
+        )
+    return known[name]
+
+
 def _lower(
     graph: Graph,
     features: TargetFeatures,
     context: int,
     changes: WeightChanges,
     *,
+    cache_dtype: DType | None = None,
+    rollback: int = DEFAULT_ROLLBACK,
     after: str | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> PipelineResult:
-    passes = default_passes(features, context=context, max_step=_max_step(context), changes=changes)
+    passes = default_passes(
+        features,
+        context=context,
+        max_step=min(MAX_STEP, context),
+        rollback=min(rollback, context),
+        cache_dtype=cache_dtype,
+        changes=changes,
+    )
     return run_passes(graph, passes, trace=trace, stop_after=after)
 
 
@@ -247,10 +299,6 @@ def _lora_plan(
         return None
     dtype = features.rounded_lora if activations == "int8" else DType.F32
     return lora_plan(result.facts["lora"], dtype, max_rank)
-
-
-def _max_step(context: int) -> int:
-    return min(MAX_STEP, context)
 
 
 def _tokenizer(file: ModelFile, config: Config) -> TokenizerFiles:
@@ -294,9 +342,10 @@ def _model_facts(file: ModelFile, architecture: str, config: Config) -> ModelFac
     )
 
 
-def _kv_plan(facts: Any) -> KvPlan:
+def _kv_plan(result: PipelineResult) -> KvPlan:
+    facts = result.facts["kv_cache"]
     layers = tuple(KvLayer(**{**layer, "dtype": DType(layer["dtype"])}) for layer in facts["layers"])
-    return KvPlan(facts["context"], facts["max_step"], facts["bytes_per_token"], layers)
+    return KvPlan(**{**facts, "layers": layers})
 
 
 def _weight_entries(graph: Graph) -> tuple[WeightEntry, ...]:

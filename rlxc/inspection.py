@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlxc.artifact import Artifact
+from rlxc.artifact import Artifact, KvPlan
+from rlxc.errors import OptionError
 from rlxc.weights.adapters import inspect_adapter
 from rlxc.weights.gguf import GgufFile
 from rlxc.weights.source import ModelFile, open_model
@@ -38,17 +39,30 @@ class ModelInfo:
         return asdict(self)
 
 
-def inspect(path: str | os.PathLike[str]) -> ModelInfo:
+def inspect(path: str | os.PathLike[str], *, batch: int = 1, context: int | None = None) -> ModelInfo:
     """What is in a GGUF file, a Hugging Face folder, a LoRA adapter (GGUF or PEFT) or an artifact.
+
+    Args:
+        path: the file or folder.
+        batch: of an artifact, the sequences whose caches' bytes are told.
+        context: the tokens that each of them has; by default as many as it can have.
 
     Raises:
         RlxcError: it is none of these, or it is damaged.
+        OptionError: there are no such sequences, or no caches.
     """
     root = Path(path)
-    if (root / "adapter_config.json").exists():
+    is_adapter, is_artifact = (root / "adapter_config.json").exists(), (root / "manifest.json").exists()
+    if root.is_dir() and not is_adapter and (is_artifact or not (root / "config.json").exists()):
+        return _inspect_artifact(Artifact.open(root), batch, context)
+    if (batch, context) != (1, None):
+        raise OptionError(
+            "only artifacts have a size of caches, for a batch and a context",
+            source=path,
+            remedy="compile it first, or leave them out",
+        )
+    if is_adapter:
         return _inspect_adapter(root)
-    if root.is_dir() and ((root / "manifest.json").exists() or not (root / "config.json").exists()):
-        return _inspect_artifact(Artifact.open(root))
     with open_model(root) as file:
         if file.metadata.get("general.type") == "adapter":
             return _inspect_adapter(root)
@@ -99,7 +113,7 @@ def _inspect_adapter(path: Path) -> ModelInfo:
     )
 
 
-def _inspect_artifact(artifact: Artifact) -> ModelInfo:
+def _inspect_artifact(artifact: Artifact, batch: int, context: int | None) -> ModelInfo:
     manifest = artifact.manifest
     formats = Counter(weight.dtype.value for weight in manifest.weights)
     lora: dict[str, Any] = {}
@@ -124,10 +138,38 @@ def _inspect_artifact(artifact: Artifact) -> ModelInfo:
         details={
             "rlxc": manifest.rlxc,
             "options": asdict(manifest.options),
-            "kv_cache": asdict(manifest.kv_cache),
+            "kv_cache": _cache_facts(artifact, batch, context),
             **lora,
             "files": {name: entry.size for name, entry in manifest.files.items()},
         },
+    )
+
+
+def _cache_facts(artifact: Artifact, batch: int, context: int | None) -> dict[str, Any]:
+    """The plan of caches in short, what so many sequences of so many tokens take, and the plan itself."""
+    plan = artifact.manifest.kv_cache
+    if batch < 1:
+        raise OptionError(f"batch {batch} is less than 1", remedy="give a number of sequences")
+    tokens = plan.context if context is None else context
+    if not 1 <= tokens <= plan.context:
+        raise OptionError(
+            f"context {tokens} is outside 1..{plan.context}, what it was compiled for", source=artifact.path
+        )
+    return {
+        "layouts": _layouts(plan),
+        "dtype": ", ".join(sorted({layer.dtype.value for layer in plan.layers})),
+        "total": {"batch": batch, "context": tokens, "bytes": plan.nbytes(tokens, batch)},
+        **asdict(plan),
+    }
+
+
+def _layouts(plan: KvPlan) -> str:
+    """Such as ``3 paged, all positions; 15 paged, window 512``."""
+    kinds = Counter((layer.layout, layer.window, layer.shares is None) for layer in plan.layers)
+    return "; ".join(
+        f"{count} {layout}{'' if owns else ', shared'}, "
+        f"{'all positions' if window is None else f'window {window}'}"
+        for (layout, window, owns), count in sorted(kinds.items(), key=lambda kind: kind[1])
     )
 
 

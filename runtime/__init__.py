@@ -5,16 +5,27 @@ if __name__ != "rlxc.runtime":
 
 from rlxc.runtime.adapters import LoraStack, TargetModule
 from rlxc.runtime.batch import Request
+from rlxc.runtime.drafters import Draft, Drafter, DraftHead, HeadDrafter, ModelDrafter, NgramDrafter
+from rlxc.runtime.load import load
 from rlxc.runtime.sampling import SamplingOptions
 from rlxc.runtime.scheduler import AdapterScheduler
-from rlxc.runtime.session import Session, load
+from rlxc.runtime.session import Session
 from rlxc.runtime.session_adapters import SessionAdapters
+from rlxc.runtime.snapshot import KvSnapshot, LayerKv
 from rlxc.runtime.stream import Completion, Piece, StopReason, Stream
 
 __all__ = [
     "AdapterScheduler",
     "Completion",
+    "Draft",
+    "DraftHead",
+    "Drafter",
+    "HeadDrafter",
+    "KvSnapshot",
+    "LayerKv",
     "LoraStack",
+    "ModelDrafter",
+    "NgramDrafter",
     "Piece",
     "Request",
     "SamplingOptions",

@@ -89,6 +89,12 @@ class ScaledStack(Generic[Item]):
         """What lies here, the lowest first, with its scale; a list of the caller's own."""
         return list(self._entries)
 
+    def copy(self) -> ScaledStack[Item]:
+        """Another stack of the same things."""
+        other: ScaledStack[Item] = ScaledStack()
+        other._entries = self.entries()
+        return other
+
     def push(self, item: Item, scale: float = 1.0) -> None:
         """Put ``item`` on top.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from rlxc.artifact import Artifact, Verification
 from rlxc.errors import ContextError, SessionError
 from rlxc.runtime.engines import Engine
 from rlxc.runtime.logits import Floats, StepLogits
-from rlxc.runtime.sequence import Span, Stack, Tokens, TokenSequence
+from rlxc.runtime.sequence import LoadedAdapter, Span, Stack, Tokens, TokenSequence
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
@@ -24,7 +24,13 @@ class Model:
 
     def __init__(self, artifact: Artifact, engine: Engine[Any, Any], verification: Verification) -> None:
         self.engine = engine
+        self.manifest = artifact.manifest
         self._artifact, self._verification = artifact, verification
+
+    @property
+    def rollback(self) -> int:
+        """How many of a sequence's newest tokens can be taken back, whatever its layers' windows."""
+        return self.manifest.kv_cache.rollback
 
     def new_sequence(self) -> TokenSequence:
         """An empty sequence.
@@ -79,8 +85,16 @@ class Model:
             remedy=f"use fewer, or compile with --context {position + count} or more",
         )
 
-    def prefill(self, sequence: TokenSequence, tokens: Tokens, stack: Stack) -> StepLogits:
+    def prefill(
+        self,
+        sequence: TokenSequence,
+        tokens: Tokens,
+        stack: Stack,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> StepLogits:
         """Append a prompt, or more of it; returns the logits after the last token, as the only row.
+
+        ``after_step`` is called after each of its steps.
 
         Raises:
             ContextError: the tokens do not fit; the sequence is unchanged.
@@ -92,6 +106,7 @@ class Model:
             is_last = sequence.position + len(chunk) == end
             rows = [len(chunk) - 1] if is_last else []  # logits cost as much as all layers together
             logits = self._step([sequence], chunk[None], np.array(rows, np.int64), [span])
+            after_step()
         self._verification.wait()
         return logits
 
@@ -106,8 +121,32 @@ class Model:
         """
         for sequence in sequences:
             self.check_room(1, sequence.position)
-        spans = [Span(0, sequence.active(stack)) for sequence, stack in zip(sequences, stacks)]
+        spans = [sequence.active(stack) for sequence, stack in zip(sequences, stacks)]
         return self.step(sequences, np.array(ids, np.int64)[:, None], np.zeros(1, np.int64), spans)
+
+    def replay(
+        self, sequence: TokenSequence, position: int, find: Callable[[str], LoadedAdapter]
+    ) -> TokenSequence:
+        """Read the first tokens of a sequence once more, into a new one, with the adapters that they were read with.
+
+        Args:
+            sequence: which stays as it is.
+            position: how many of its tokens.
+            find: gives the loaded adapter with a fingerprint, or raises.
+        """
+        readings = [(start, reading) for start, reading in sequence.readings if start < position]
+        ends = [*(start for start, _ in readings[1:]), position]
+        spans = [
+            Span(start, tuple((find(fingerprint), scale) for fingerprint, scale in reading))
+            for start, reading in readings
+        ]
+        tokens, replayed = sequence.ids, self.new_sequence()
+        for span, end in zip(spans, ends):
+            for start in range(span.begin, end, self.engine.max_step):
+                chunk = tokens[start : min(start + self.engine.max_step, end)]
+                self._step([replayed], chunk[None], np.zeros(0, np.int64), [span])
+        replayed.invoked = {name: start for name, start in sequence.invoked.items() if start < position}
+        return replayed
 
     def score(self, tokens: Tokens, stack: Stack) -> Floats:
         """The logits ``[len(tokens), vocab]`` after every token of a sequence of its own.
@@ -165,7 +204,7 @@ class Model:
         rows: npt.NDArray[np.int64],
         spans: Sequence[Span],
     ) -> StepLogits:
-        mixes = [[(adapter.prepared, scale) for adapter, scale in span.adapters] for span in spans]
+        mixes = [span.mix for span in spans]
         caches = [sequence.cache for sequence in sequences]
         try:
             logits = self.engine.step(caches, ids, rows, mixes if any(mixes) else ())

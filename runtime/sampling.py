@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,13 +74,72 @@ class Choice:
     logprob: float
 
 
-class Sampler:
-    """Draws tokens; two samplers with the same options and a seed draw the same ones."""
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """How likely each token is to come next.
 
-    def __init__(self, options: SamplingOptions) -> None:
-        """Starts the random numbers at ``options.seed``."""
+    Attributes:
+        ids: ``int64 [n]``, the tokens that are possible, each once; None is the whole vocabulary, in order.
+        weights: ``[n]``, of each the probability times some number; 0 or more, and one of them is not 0.
+    """
+
+    ids: Ids | None
+    weights: NDArray[np.floating[Any]]
+
+    @classmethod
+    def certain(cls, id: int) -> Distribution:
+        """Nothing but this token."""
+        return cls(np.array([id], np.int64), np.ones(1))
+
+    @cached_property
+    def total(self) -> float:
+        """The sum of the weights."""
+        return float(self.weights.sum(dtype=np.float64))
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float64]:
+        """The probabilities ``[n]``."""
+        return self.weights.astype(np.float64) / self.total
+
+    def probability(self, id: int) -> float:
+        """The probability of one token of the vocabulary."""
+        if self.ids is None:
+            return float(self.weights[id]) / self.total
+        return float(self.weights[self.ids == id].sum()) / self.total
+
+    def draw(self, uniform: float) -> int:
+        """The token that a random number in [0, 1) falls on."""
+        index = _pick(self.weights, uniform)
+        return index if self.ids is None else int(self.ids[index])
+
+    def excess(self, other: Distribution) -> Distribution:
+        """Where this distribution is larger than another, and by how much: max(0, p - q)."""
+        excess = self.probabilities.copy()
+        if self.ids is None and other.ids is not None:
+            excess[other.ids] -= other.probabilities
+        else:
+            excess -= other._probabilities_of(self.ids)
+        np.maximum(excess, 0.0, out=excess)
+        # Distributions that differ by rounding alone may leave nothing; then either one will do.
+        return Distribution(self.ids, excess) if excess.any() else self
+
+    def _probabilities_of(self, ids: Ids | None) -> NDArray[np.float64]:
+        """The probabilities of some tokens, or of all if this distribution has all."""
+        if ids is None or self.ids is None:
+            return self.probabilities if ids is None else self.probabilities[ids]
+        order = np.argsort(self.ids)
+        places = order[np.minimum(np.searchsorted(self.ids, ids, sorter=order), len(order) - 1)]
+        return np.where(self.ids[places] == ids, self.probabilities[places], 0.0)
+
+
+class Sampler:
+    """Draws tokens; two samplers with the same options, a seed and the same stream draw the same ones."""
+
+    def __init__(self, options: SamplingOptions, stream: int = 0) -> None:
+        """Starts the random numbers at ``options.seed``; those of each ``stream`` are independent of the others'."""
         self.options = options
-        self._random = np.random.Generator(np.random.PCG64(options.seed))
+        seeds = np.random.SeedSequence(options.seed, spawn_key=(stream,) if stream else ())
+        self._random = np.random.Generator(np.random.PCG64(seeds))
 
     def sample(self, logits: Logits, history: Sequence[int] = ()) -> Choice:
         """Returns the next token.
@@ -91,16 +151,44 @@ class Sampler:
         Raises:
             SessionError: a logit is NaN or plus infinity, or all tokens are excluded.
         """
-        options = self.options
+        penalised, best, largest = self._judge(logits, history)
+        if self._is_greedy:
+            return self.choice(best, logits)
+        ids = self._candidates(penalised, largest)
+        if ids is None and self.options.temperature == 1:
+            return self.choice(self._draw_by_blocks(penalised, largest), logits)
+        return self.choice(self.draw(self._weighted(penalised, ids)), logits)
+
+    def distribution(self, logits: Logits, history: Sequence[int] = ()) -> Distribution:
+        """Returns what :meth:`sample` draws from; it takes the same arguments, and raises the same."""
+        penalised, best, largest = self._judge(logits, history)
+        if self._is_greedy:
+            return Distribution.certain(best)
+        return self._weighted(penalised, self._candidates(penalised, largest))
+
+    def draw(self, distribution: Distribution) -> int:
+        """Returns a token of a distribution."""
+        return distribution.draw(self.uniform())
+
+    def uniform(self) -> float:
+        """Returns the next random number, in [0, 1)."""
+        return self._random.random()
+
+    def choice(self, id: int, logits: Logits) -> Choice:
+        """Returns a token with the log-probability that the logits of its position give it."""
+        return Choice(id, float(logits.values[id]) - logits.log_total())
+
+    @property
+    def _is_greedy(self) -> bool:
+        return self.options.temperature == 0 or self.options.top_k == 1
+
+    def _judge(self, logits: Logits, history: Sequence[int]) -> tuple[Logits, int, float]:
+        """The penalised logits, the best token of them and its logit, which is finite."""
         penalised = self._penalise(logits, history)
         best, largest = penalised.best()  # a NaN if there is one
         if not math.isfinite(largest):
             raise SessionError(f"logits have no finite maximum ({largest} at token {best})")
-        chosen = best
-        if options.temperature > 0 and options.top_k != 1:
-            ids = self._candidates(penalised, largest)
-            chosen = self._draw_any(penalised, largest) if ids is None else self._draw(penalised, ids)
-        return Choice(chosen, float(logits.values[chosen]) - logits.log_total())
+        return penalised, best, largest
 
     def _penalise(self, logits: Logits, history: Sequence[int]) -> Logits:
         options = self.options
@@ -152,15 +240,14 @@ class Sampler:
         mass = np.cumsum(np.exp(values[order].astype(np.float64) - log_total))
         return ids[order[: int(np.searchsorted(mass, self.options.top_p)) + 1]]
 
-    def _draw(self, logits: Logits, ids: Ids) -> int:
-        return int(ids[_pick(self._weights(logits.at(ids)), self._random.random())])
+    def _weighted(self, logits: Logits, ids: Ids | None) -> Distribution:
+        """The distribution over these tokens, or over all."""
+        return Distribution(ids, self._weights(logits.all() if ids is None else logits.at(ids)))
 
-    def _draw_any(self, logits: Logits, largest: float) -> int:
-        """Draw among all tokens."""
-        if self.options.temperature != 1:
-            return _pick(self._weights(logits.all()), self._random.random())
+    def _draw_by_blocks(self, logits: Logits, largest: float) -> int:
+        """Draw among all tokens at temperature 1: the summaries have the blocks' probabilities."""
         shares = logits.shares(np.float32(largest)).astype(np.float64)
-        block, point = _land(shares, self._random.random() * float(shares.sum()))
+        block, point = _land(shares, self.uniform() * float(shares.sum()))
         ids = logits.block(block)
         weights = self._weights(logits.at(ids)).astype(np.float64)
         # The block's own weights, added up here, differ from its share by a common factor and by rounding.
@@ -175,7 +262,7 @@ class Sampler:
         return weights
 
 
-def _pick(weights: Floats, uniform: float) -> int:
+def _pick(weights: NDArray[np.floating[Any]], uniform: float) -> int:
     """Returns an index with probability proportional to its weight, given ``uniform`` in [0, 1)."""
     # First a block, then an index in it: a running sum over a whole vocabulary takes 20 times as long.
     block = 512

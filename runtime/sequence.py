@@ -5,13 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rlxc.errors import RollbackError
-from rlxc.runtime.engines import Cache, Prepared
+from rlxc.runtime.engines import Cache, Mix, Prepared
 
 Tokens = npt.NDArray[np.int64]
 
@@ -50,10 +52,15 @@ class Span:
     begin: int
     adapters: Stack
 
-    @property
+    @cached_property
     def reading(self) -> Reading:
         """The adapters, told apart by what they are."""
         return tuple((adapter.fingerprint, scale) for adapter, scale in self.adapters)
+
+    @cached_property
+    def mix(self) -> Mix[Any]:
+        """The adapters as the engine takes them."""
+        return tuple((adapter.prepared, scale) for adapter, scale in self.adapters)
 
 
 class TokenSequence:
@@ -76,7 +83,7 @@ class TokenSequence:
         self.readings: list[tuple[int, Reading]] = []
         self.invoked: dict[str, int] = {}
         self._stack: Stack = ()
-        self._active: Stack = ()
+        self._active = Span(0, ())
 
     @property
     def position(self) -> int:
@@ -126,16 +133,16 @@ class TokenSequence:
             self.readings.append((len(self.tokens), span.reading))
         self.tokens.frombytes(ids.tobytes())
 
-    def active(self, stack: Stack) -> Stack:
+    def active(self, stack: Stack) -> Span:
         """The adapters of a stack that take part in the next step, each once."""
         if stack is not self._stack:
-            self._stack, self._active = stack, _together(stack, self.invoked)
+            self._stack, self._active = stack, Span(0, _together(stack, self.invoked))
         return self._active
 
     def spans(self, tokens: Tokens, stack: Stack) -> list[Span]:
         """A prompt to be appended, cut where activated adapters of the stack join in."""
         invoked = dict(self.invoked)
-        spans = [Span(0, _together(stack, invoked))]
+        spans = [self.active(stack)]
         for begin, fingerprints in sorted(self._invocations(tokens, stack).items()):
             invoked |= dict.fromkeys(fingerprints, begin)
             span = Span(begin, _together(stack, invoked))
@@ -150,7 +157,7 @@ class TokenSequence:
 
     def release_adapters(self) -> None:
         """Let go of the adapters, so that their memory can be freed."""
-        self._stack, self._active = (), ()
+        self._stack, self._active = (), Span(0, ())
 
     def _invocations(self, tokens: Tokens, stack: Stack) -> dict[int, list[str]]:
         """Where adapters of the stack join in, that have not yet, by their fingerprints."""

@@ -3,122 +3,65 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from time import sleep
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from rlxc.artifact import Artifact, Verification
-from rlxc.errors import OptionError, RlxcError, SessionError
+from rlxc.errors import OptionError, RlxcError, RollbackError, SessionError
 from rlxc.runtime.batch import Job, Request, run_batch
-from rlxc.runtime.engines import Engine, find_engine, loads_slowly
+from rlxc.runtime.drafters import Drafter, NgramDrafter
+from rlxc.runtime.engines import Engine
+from rlxc.runtime.loaded import Loaded
 from rlxc.runtime.logits import Floats
-from rlxc.runtime.model import Ids, Model
+from rlxc.runtime.model import Ids
 from rlxc.runtime.sampling import Choice, Sampler, SamplingOptions
 from rlxc.runtime.sequence import Stack, Tokens
 from rlxc.runtime.session_adapters import AdapterName, SessionAdapters
-from rlxc.runtime.stream import Completion, GrowingText, Stream
-from rlxc.runtime.threads import choose_threads
+from rlxc.runtime.snapshot import KvSnapshot, load_snapshot
+from rlxc.runtime.speculate import Speculator
+from rlxc.runtime.stream import Completion, GrowingText, OnFull, Stream
 from rlxc.runtime.tokenizer import StopMatcher, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from rlxc.runtime.chat import ChatTemplate
 
-ReadTokenizer = Callable[[], Tokenizer]
-
-_HEAD_START = 0.03  # seconds
-
-
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
-    """Open an artifact for running.
-
-    Digests are compared while the model loads; no result is given before they are known to be right. The tokenizer is
-    read while a model loads that takes a while, and when it is first needed else.
-
-    Args:
-        path: the artifact.
-        threads: how many to compute with; by default one for each physical core that this process may use.
-
-    Raises:
-        ArtifactError: the artifact is damaged or is none.
-        OptionError: ``threads`` is out of range.
-        SessionError: what runs this kind of artifact is not installed.
-    """
-    threads = choose_threads(threads)
-    artifact = Artifact.open(path)
-    verification = artifact.start_verification()
-    try:
-        make_engine = find_engine(artifact, verification)
-        read_tokenizer = _tokenizer_reader(artifact)
-        if loads_slowly(artifact):
-            read_tokenizer = _start(read_tokenizer)
-        engine = make_engine(artifact, threads)
-        try:
-            return Session(artifact, engine, verification, read_tokenizer)
-        except BaseException:
-            engine.close()
-            raise
-    except BaseException:
-        verification.close()
-        raise
-
 
 class Session:
     """A loaded model and the sequence that it continues.
 
-    One thread at a time may use a session; a second one is refused, not queued. ``with`` closes it.
+    One thread at a time may use a session and its forks; a second one is refused, not queued. ``with`` closes it.
 
     Attributes:
         artifact: what it runs.
         adapters: the LoRA adapters that it runs with.
     """
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        engine: Engine[Any, Any],
-        verification: Verification,
-        read_tokenizer: ReadTokenizer,
-    ) -> None:
-        self.artifact = artifact
-        self._verification = verification
-        self._read_tokenizer = read_tokenizer
-        self._lock = threading.Lock()
+    def __init__(self, loaded: Loaded, origin: Session | None = None) -> None:
+        """A new session, or a fork of ``origin``."""
+        self._loaded, self._model = loaded, loaded.model
+        self.artifact = loaded.artifact
         self._closed = False
-        self._model = Model(artifact, engine, verification)
-        self._sequence = self._model.new_sequence()
-        self.adapters = SessionAdapters(artifact, engine, verification, self._using)
+        if origin is None:
+            self._sequence = self._model.new_sequence()
+            self.adapters = SessionAdapters(loaded.artifact, self.engine, loaded.verification, self._using)
+        else:
+            self._sequence = origin._sequence.fork()
+            self.adapters = origin.adapters.fork(self._using)
         self._stream: object = None  # whose turn it is to extend the sequence; None after any other use of it
+        loaded.enter()
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """Text to token ids and back."""
         self._check_open()
-        self._verification.wait("tokenizer.json")
-        return self._read_tokenizer()
+        return self._loaded.tokenizer
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate | None:
         """How messages become a prompt, or None if the model has no chat format."""
-        # Imported here because jinja2 takes a while, and most sessions do not chat.
-        from rlxc.runtime.chat import ChatTemplate
-
-        name = "chat_template.jinja"
-        if name not in self.artifact.manifest.files:
-            return None
         self._check_open()
-        source = self.artifact.file(name)
-        self._verification.wait(name)
-        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_ids[:1]
-        return ChatTemplate(
-            source.read_text(encoding="utf-8"),
-            bos_token="" if bos is None else self.tokenizer.piece(bos),
-            eos_token=self.tokenizer.piece(eos[0]) if eos else "",
-        )
+        return self._loaded.chat_template
 
     @property
     def engine(self) -> Engine[Any, Any]:
@@ -144,6 +87,7 @@ class Session:
         """Append tokens to the sequence; returns the logits ``[vocab]`` after the last one.
 
         They are read with the adapters that are on the stack now; those before them keep what they were read with.
+        An empty sequence begins with what the session still holds of an earlier one that began alike.
 
         Raises:
             ContextError: they do not fit; the sequence is unchanged.
@@ -152,12 +96,73 @@ class Session:
         tokens = self._model.tokens(ids)
         with self._using():
             self._stream = None
-            last: Floats = self._model.prefill(self._sequence, tokens, self.adapters.stack).values[0, 0]
+            stack = self.adapters.stack
+            if self.position:
+                logits = self._model.prefill(self._sequence, tokens, stack)
+            else:
+                self._model.check_room(len(tokens))
+                self._sequence, logits, _ = self._loaded.prefixes.read(tokens, stack)
+            last: Floats = logits.values[0, 0]
             return last
 
     def decode(self, id: int) -> Floats:
         """Append one token; as :meth:`prefill`."""
         return self.prefill([id])
+
+    def snapshot(self) -> KvSnapshot:
+        """What the sequence holds now, to go back to with :meth:`restore`. It shares memory with the sequence."""
+        with self._using():
+            return KvSnapshot.take(self._model, self._sequence)
+
+    def restore(self, snapshot: KvSnapshot) -> None:
+        """Go on from where a snapshot was taken, in this session or in another one of the same model.
+
+        Raises:
+            SnapshotError: it is of another model, or of one with another plan; the sequence is unchanged.
+        """
+        with self._using():
+            self._sequence = snapshot.begin(self._model)
+            self._stream = None
+
+    def load_snapshot(self, path: str | os.PathLike[str]) -> KvSnapshot:
+        """Read a snapshot that :meth:`KvSnapshot.save` wrote; the session's sequence stays as it is.
+
+        Raises:
+            SnapshotError: the file is damaged or none, or the snapshot of another model or plan.
+        """
+        with self._using():
+            return load_snapshot(path, self._model)
+
+    def truncate(self, position: int, *, replay: bool = False) -> None:
+        """Take back the tokens from ``position`` on.
+
+        Args:
+            position: how many tokens stay.
+            replay: where sliding-window layers no longer hold what they need, read the tokens that stay once more,
+                with the adapters that they were read with; it takes as long as it took at first.
+
+        Raises:
+            RollbackError: the sequence holds fewer, or can not go back as far; it is unchanged.
+            SessionError: an adapter that is needed for the replay is no longer loaded; the sequence is unchanged.
+        """
+        if isinstance(position, bool) or not isinstance(position, int):
+            raise OptionError(f"position must be an integer, got {position!r}")
+        with self._using():
+            try:
+                self._sequence.truncate(position)
+            except RollbackError:
+                if not replay or not 0 <= position <= self.position:
+                    raise
+                self._sequence = self._model.replay(self._sequence, position, self.adapters.find)
+            self._stream = None
+
+    def fork(self) -> Session:
+        """Another session that holds the same sequence and adapters, and goes its own way from here on.
+
+        It uses the same loaded model: its sequence shares memory with this one's until one of them grows.
+        """
+        with self._using():
+            return Session(self._loaded, self)
 
     def score(self, ids: Ids) -> Floats:
         """The logits ``[len(ids), vocab]`` after every token of a sequence of its own.
@@ -185,8 +190,12 @@ class Session:
         stop: str | Sequence[str] = (),
         adapter: AdapterName | None = None,
         scale: float = 1.0,
+        speculate: Literal["ngram"] | Drafter | None = None,
+        on_full: OnFull = "stop",
     ) -> Completion:
         """Generate text after a prompt, in a fresh sequence: what the session held before is dropped.
+
+        A prompt that begins as one that was read before is read from there on; see ``prefix_cache`` of :func:`load`.
 
         Args:
             prompt: text, which gets the model's begin token, or token ids, which are used as they are.
@@ -201,9 +210,12 @@ class Session:
             adapter: name or path of an adapter that takes the place of the session's stack for this text; see
                 :meth:`SessionAdapters.push`. Without one, each step runs with what is on the stack by then.
             scale: of that adapter.
+            speculate: guesses several tokens, which the model then checks in one step: ``ngram`` guesses that the text
+                repeats itself, a :class:`ModelDrafter` asks a smaller model. Tokens are chosen as without it.
+            on_full: what to do at the end of the context: ``stop`` ends the text, ``error`` raises ContextError.
 
         Raises:
-            ContextError: the prompt does not fit the context.
+            ContextError: the prompt does not fit the context, or the text does not, and ``on_full`` is ``error``.
             OptionError: an option is out of range.
             SessionError: the prompt is empty, or holds a token that is not in the vocabulary.
             RlxcError: the adapter cannot be used.
@@ -220,6 +232,8 @@ class Session:
             stop,
             adapter,
             scale,
+            speculate,
+            on_full,
         ).completion()
 
     def stream(
@@ -235,6 +249,8 @@ class Session:
         stop: str | Sequence[str] = (),
         adapter: AdapterName | None = None,
         scale: float = 1.0,
+        speculate: Literal["ngram"] | Drafter | None = None,
+        on_full: OnFull = "stop",
     ) -> Stream:
         """As :meth:`generate`, piece by piece.
 
@@ -251,13 +267,14 @@ class Session:
                 seed=seed,
             )
         )
-        tokens, text = self._begin(prompt, max_tokens, stop)
+        tokens, text = self._begin(prompt, max_tokens, stop, on_full)
         own_stack: Stack | None = None
         if adapter is not None:
             with self._using():
                 own_stack = self.adapters.stack_of([(adapter, scale)])
         elif scale != 1.0:
             raise OptionError("scale is that of an adapter", remedy="name the adapter as well")
+        speculator = self._speculator(speculate, sampler)
         history = tokens.tolist()
         turn = object()
 
@@ -267,18 +284,29 @@ class Session:
         def start() -> Choice:
             with self._using():
                 self._restart(turn)
-                logits = self._model.prefill(self._sequence, tokens, stack())
+                self._sequence, logits, text.cached_tokens = self._loaded.prefixes.read(tokens, stack())
+                if speculator is not None:
+                    return speculator.start(logits.row(0, 0), history)
                 return sampler.sample(logits.row(0, 0), history)
 
-        def choose(last: int) -> Choice:
+        def choose(last: int) -> list[Choice]:
             with self._using():
                 if self._stream is not turn:
                     raise SessionError("the session was put to other use, which ended this stream")
+                if speculator is not None:
+                    choices = speculator.next(self._sequence, stack(), history, text.remaining)
+                    text.drafted, text.accepted = speculator.drafted, speculator.accepted
+                    return choices
                 logits = self._model.decode([self._sequence], [last], [stack()])
                 history.append(last)
-                return sampler.sample(logits.row(0, 0), history)
+                return [sampler.sample(logits.row(0, 0), history)]
 
-        return Stream(text, start=start, choose=choose)
+        def leave(count: int) -> None:
+            # It must not raise: it may be a stream's last breath that calls it.
+            if self._stream is turn and not self._closed:
+                self._sequence.truncate(self.position - count)
+
+        return Stream(text, start=start, choose=choose, leave=leave)
 
     def generate_batch(self, requests: Sequence[Request], max_batch: int = 8) -> list[Completion]:
         """Generate several texts at once, each with its own prompt, adapters and options.
@@ -321,10 +349,9 @@ class Session:
             return
         with self._using():
             self._closed = True
-        self._verification.close()
         self.adapters.release()
         self._sequence.release_adapters()
-        self.engine.close()
+        self._loaded.leave()
 
     def __enter__(self) -> Session:
         return self
@@ -336,27 +363,34 @@ class Session:
 
     @contextmanager
     def _using(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise SessionError(
-                "another thread is using the session", remedy="load one session for each thread"
-            )
-        try:
+        with self._loaded.using():
             self._check_open()
             yield
-        finally:
-            self._lock.release()
 
     def _check_open(self) -> None:
         if self._closed:
             raise SessionError("the session is closed", remedy="load the artifact again")
 
     def _restart(self, stream: object) -> None:
+        """An empty sequence, for the stream whose turn it is; what the old one held may come in useful again."""
         self._stream = stream
-        if self._sequence.position:
+        if self.position:
+            self._loaded.prefixes.keep(self._sequence)
             self._sequence = self._model.new_sequence()
 
+    def _speculator(self, speculate: str | Drafter | None, sampler: Sampler) -> Speculator | None:
+        if speculate is None:
+            return None
+        if isinstance(speculate, str) and speculate != "ngram":
+            raise OptionError(
+                f"speculate is {speculate!r}",
+                remedy="write 'ngram', or give a drafter: ModelDrafter(rlxc.load(PATH), session)",
+            )
+        drafter = NgramDrafter() if isinstance(speculate, str) else speculate
+        return Speculator(self._model, drafter, sampler)
+
     def _begin(
-        self, prompt: str | Ids, max_tokens: int, stop: str | Sequence[str]
+        self, prompt: str | Ids, max_tokens: int, stop: str | Sequence[str], on_full: OnFull
     ) -> tuple[Tokens, GrowingText]:
         """A prompt's tokens, and the text after it, which is still empty."""
         stops = StopMatcher(stop)
@@ -369,35 +403,17 @@ class Session:
             prompt_tokens=len(tokens),
             context=self.context,
             max_tokens=max_tokens,
+            on_full=on_full,
         )
 
     def _job(self, request: Request, number: int) -> Job:
         if not isinstance(request, Request):
             raise OptionError(f"request {number} is {request!r}", remedy="make it a rlxc.runtime.Request")
         try:
-            tokens, text = self._begin(request.prompt, request.max_tokens, request.stop)
+            tokens, text = self._begin(request.prompt, request.max_tokens, request.stop, "stop")
             adapters = request.adapters
             stack = self.adapters.stack if adapters is None else self.adapters.stack_of(adapters)
         except RlxcError as error:
             problem = f"request {number}: {error.problem}"
             raise type(error)(problem, source=error.source, remedy=error.remedy) from error
         return Job(tokens, stack, Sampler(request.sampling), text)
-
-
-def _tokenizer_reader(artifact: Artifact) -> ReadTokenizer:
-    path, facts = artifact.file("tokenizer.json"), artifact.manifest.tokenizer
-    return lambda: Tokenizer(path, bos_id=facts.bos_id, eos_ids=facts.eos_ids)
-
-
-def _start(read: ReadTokenizer) -> ReadTokenizer:
-    """Read the tokenizer in a thread: a large vocabulary takes half a second."""
-
-    def later() -> Tokenizer:
-        # The library holds the GIL while it reads. Let the engine come to its own reading first, which does not.
-        sleep(_HEAD_START)
-        return read()
-
-    pool = ThreadPoolExecutor(1, thread_name_prefix="rlxc-tokenizer")
-    tokenizer = pool.submit(later)
-    pool.shutdown(wait=False)
-    return tokenizer.result

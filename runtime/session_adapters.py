@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,27 @@ class SessionAdapters:
         stack = self._with_below([(self._find(name), checked_scale(scale)) for name, scale in entries])
         self._check_rank(stack)
         return stack
+
+    def find(self, fingerprint: str) -> LoadedAdapter:
+        """The adapter with this fingerprint; the caller holds the session.
+
+        Raises:
+            SessionError: it is not loaded.
+        """
+        for adapter in [*self._loaded.values(), *(adapter for adapter, _ in self._below)]:
+            if adapter.fingerprint == fingerprint:
+                return adapter
+        raise SessionError(
+            f"an adapter that tokens were read with, of fingerprint {fingerprint[:12]}, is not loaded",
+            remedy="load it again with session.adapters.load",
+        )
+
+    def fork(self, using: Callable[[], AbstractContextManager[None]]) -> SessionAdapters:
+        """The same adapters on a stack of its own, for a fork of the session; the caller holds the session."""
+        fork = copy(self)
+        fork._using, fork._loaded, fork._entries = using, dict(self._loaded), self._entries.copy()
+        fork._folded = dict(self._folded)
+        return fork
 
     def release(self) -> None:
         """Let go of all adapters."""

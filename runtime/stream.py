@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
-from rlxc.errors import OptionError
+from rlxc.errors import ContextError, OptionError
 from rlxc.runtime.sampling import Choice
 from rlxc.runtime.tokenizer import StopMatcher, TextStream
 
-StopReason = Literal["eos", "stop", "length", "context", "closed"]
-"""The model ended the text; a stop string came up; ``max_tokens`` or the context is reached; the user closed it."""
+StopReason = Literal["eos", "stop", "length", "context", "closed", "deadline", "cancelled"]
+"""Why a text ended.
+
+The model ended it; a stop string came up; ``max_tokens`` or the context is reached; its reader closed it; the time of
+its request was over; the request was cancelled.
+"""
+
+OnFull = Literal["stop", "error"]
+"""What happens at the end of the context: the text ends there, or an error says so."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class Completion:
         prefill_seconds: from the start to the first token, which comes out of the prompt's own steps.
         decode_seconds: for the other ``len(ids) - 1`` tokens; time that the reader of a stream took is not in it. In a
             batch, all of the steps that the text had a part in.
+        cached_tokens: tokens of the prompt that were not read again, because their keys and values were kept.
+        drafted: tokens that a drafter proposed, and
+        accepted: how many of them the model took; both 0 without speculation.
     """
 
     text: str
@@ -51,6 +62,9 @@ class Completion:
     stop_reason: StopReason
     prefill_seconds: float
     decode_seconds: float
+    cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class GrowingText:
@@ -63,9 +77,13 @@ class GrowingText:
         prompt_tokens: length of the prompt.
         context: how many tokens prompt and text can have together.
         max_tokens: how many tokens there are at most; with 0, the text ends before it begins.
+        on_full: whether the end of the context ends the text, or :meth:`check_room` refuses to go on.
+
+    Attributes:
+        cached_tokens, drafted, accepted: what :class:`Completion` says of them, for whoever knows to set.
 
     Raises:
-        OptionError: ``max_tokens`` is no integer, 0 or more.
+        OptionError: ``max_tokens`` is no integer, 0 or more, or ``on_full`` is something else.
     """
 
     def __init__(
@@ -77,18 +95,46 @@ class GrowingText:
         prompt_tokens: int,
         context: int,
         max_tokens: int,
+        on_full: OnFull = "stop",
     ) -> None:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
             raise OptionError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
+        if on_full not in get_args(OnFull):
+            raise OptionError(f"on_full is {on_full!r}; it must be 'stop' or 'error'")
         self._text, self._stops, self._eos_ids = text, stops, eos_ids
-        self._prompt_tokens, self._room, self._max_tokens = prompt_tokens, context - prompt_tokens, max_tokens
+        self._prompt_tokens, self._context, self._max_tokens = prompt_tokens, context, max_tokens
+        self._on_full = on_full
         self._pieces: list[Piece] = []
         self._stop_reason: StopReason = "length" if max_tokens == 0 else "closed"
+        self.cached_tokens = self.drafted = self.accepted = 0
 
     @property
     def has_ended(self) -> bool:
         """Whether no more tokens may come."""
         return self._stop_reason != "closed"
+
+    @property
+    def remaining(self) -> int:
+        """How many more tokens may come at most."""
+        return min(self._max_tokens, self._most) - len(self._pieces)
+
+    @property
+    def _most(self) -> int:
+        """The most tokens of the text; the last one needs no place, as nothing follows it."""
+        return self._context - self._prompt_tokens + 1
+
+    def check_room(self) -> None:
+        """Refuse to go on where the context is full; only a text with ``on_full="error"`` comes to that.
+
+        Raises:
+            ContextError: there is no place for the last token; the pieces so far stay what they are.
+        """
+        if len(self._pieces) >= self._most:
+            raise ContextError(
+                f"{self._prompt_tokens} tokens of the prompt and {len(self._pieces)} of the text fill the context of "
+                f"{self._context}",
+                remedy="end the text there (on_full='stop'), or compile with a larger --context",
+            )
 
     def add(self, choice: Choice) -> Piece:
         """The piece that the next token makes."""
@@ -102,7 +148,7 @@ class GrowingText:
                 self._stop_reason = "stop"
             elif count == self._max_tokens:
                 self._stop_reason = "length"
-            elif count > self._room:
+            elif count == self._most and self._on_full == "stop":
                 self._stop_reason = "context"
         if self.has_ended and not stopped:  # no more will come: show what was held back
             rest, _ = self._stops.push(self._text.flush())
@@ -110,6 +156,11 @@ class GrowingText:
         piece = Piece(shown, choice.id, choice.logprob)
         self._pieces.append(piece)
         return piece
+
+    def end(self, reason: Literal["deadline", "cancelled"]) -> None:
+        """End the text here, unless it has ended. As in one that is closed, what was held back is not shown."""
+        if not self.has_ended:
+            self._stop_reason = reason
 
     def completion(self, prefill_seconds: float, decode_seconds: float) -> Completion:
         """All pieces as one; a text that has not ended counts as closed."""
@@ -121,6 +172,9 @@ class GrowingText:
             stop_reason=self._stop_reason,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
+            cached_tokens=self.cached_tokens,
+            drafted=self.drafted,
+            accepted=self.accepted,
         )
 
 
@@ -130,18 +184,41 @@ class Stream(Iterator[Piece]):
     Args:
         text: the text, of which there is nothing yet.
         start: reads the prompt and returns the token that follows it.
-        choose: appends a token to the sequence and returns the one that follows it.
+        choose: appends a token to the sequence and returns those that follow it, at least one; the sequence then holds
+            all of them but the last.
+        leave: is told how many of the tokens that ``choose`` returned last are not in the text, where it ends before
+            them, so that the sequence can be cut back to what the text has.
     """
 
     def __init__(
-        self, text: GrowingText, *, start: Callable[[], Choice], choose: Callable[[int], Choice]
+        self,
+        text: GrowingText,
+        *,
+        start: Callable[[], Choice],
+        choose: Callable[[int], list[Choice]],
+        leave: Callable[[int], None],
     ) -> None:
-        self._text, self._start, self._choose = text, start, choose
+        self._text, self._start, self._choose, self._leave = text, start, choose, leave
         self._prefill_seconds = self._decode_seconds = 0.0
-        self._pieces = self._generate()
+        self._last: int | None = None  # the newest token of the text
+        self._waiting: deque[Choice] = deque()  # tokens after it
+        self._closed = False
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        if self._closed or self._text.has_ended:
+            raise StopIteration
+        try:
+            if not self._waiting:
+                self._waiting.extend(self._generate())
+            choice = self._waiting.popleft()
+            self._last = choice.id
+            piece = self._text.add(choice)
+        except BaseException:
+            self.close()
+            raise
+        if self._text.has_ended:
+            self.close()
+        return piece
 
     def completion(self) -> Completion:
         """Run to the end, and return all pieces as one, those read before included."""
@@ -151,7 +228,11 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         """End the text here."""
-        self._pieces.close()
+        self._closed = True
+        left = len(self._waiting)
+        self._waiting.clear()
+        if left:
+            self._leave(left)
 
     def __enter__(self) -> Stream:
         return self
@@ -161,15 +242,19 @@ class Stream(Iterator[Piece]):
     ) -> None:
         self.close()
 
-    def _generate(self) -> Generator[Piece, None, None]:
-        if self._text.has_ended:
-            return
+    def __del__(self) -> None:
+        """A loop that was broken out of leaves the sequence as its reader knows it."""
+        if getattr(self, "_waiting", ()):  # it has none if it was never made
+            self.close()
+
+    def _generate(self) -> list[Choice]:
+        """The next tokens, of which there is one at least."""
         started = perf_counter()
-        choice = self._start()
-        self._prefill_seconds = perf_counter() - started
-        yield self._text.add(choice)
-        while not self._text.has_ended:
-            started = perf_counter()
-            choice = self._choose(choice.id)
-            self._decode_seconds += perf_counter() - started
-            yield self._text.add(choice)
+        if self._last is None:
+            first = self._start()
+            self._prefill_seconds = perf_counter() - started
+            return [first]
+        self._text.check_room()
+        choices = self._choose(self._last)
+        self._decode_seconds += perf_counter() - started
+        return choices

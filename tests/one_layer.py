@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 # The tiny models lie in a folder of their own.
 sys.path.insert(0, str(Path(__file__).parent / "models"))
@@ -23,7 +21,6 @@ from tiny import TEXT, write_tiny_model
 
 import rlxc
 from rlxc.artifact import Artifact, BackendName
-from rlxc.dtypes import DType
 from rlxc.weights.source import open_model
 
 TENSORS = [
@@ -96,12 +93,7 @@ def interpreted(path: Path, ids: list[int] = TEXT) -> npt.NDArray[Any]:
 
 def compile_exact(model: Path, output: Path, *, backend: BackendName = "onnx", **options: Any) -> Artifact:
     """An artifact that rounds nothing to fewer bits than f32's: neither activations nor the cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        if backend == "tvm":
-            from rlxc.backends.tvm import TvmBackend
-
-            patch.setattr(TvmBackend, "features", replace(TvmBackend.features, cache_dtype=DType.F32))
-        return rlxc.compile(model, output, backend=backend, activations="float32", **options)
+    return rlxc.compile(model, output, backend=backend, activations="float32", kv_cache="f32", **options)
 
 
 def score(artifact: Artifact | Path, ids: list[int] = TEXT) -> Floats:

@@ -55,10 +55,12 @@ MANIFEST = Manifest(
     kv_cache=KvPlan(
         context=64,
         max_step=16,
+        rollback=5,
+        page_size=None,
         bytes_per_token=64,
         layers=(
             KvLayer(0, "linear", 64, None, 1, 4, DType.F32, 32),
-            KvLayer(1, "ring", 24, 8, 1, 4, DType.F32, 32),
+            KvLayer(1, "ring", 29, 8, 1, 4, DType.F32, 32),
         ),
     ),
     tokenizer=TokenizerFacts(bos_id=2, eos_ids=(1, 3), add_bos=True, add_eos=False),
@@ -145,8 +147,8 @@ def removed(path: tuple[Any, ...]) -> bytes:
 PATHS = list(paths(TREE))
 FIELDS = [path for path in PATHS if isinstance(path[-1], str) and path[0] not in ("format", "version")]
 OPTIONAL = {
-    ("kv_cache", "layers", 0, "window"): int,
-    ("kv_cache", "layers", 1, "window"): int,
+    ("kv_cache", "page_size"): int,
+    **{("kv_cache", "layers", i, name): int for i in (0, 1) for name in ("window", "shares", "table")},
     ("tokenizer", "bos_id"): int,
     ("lora",): dict,
     ("adapters", 0, "file"): str,
@@ -210,7 +212,11 @@ def test_field_of_another_type_is_refused_by_name(path: tuple[Any, ...]) -> None
         (("target", "libraries", 0, "needs", 1), "FMA"),
         (("target", "libraries", 0, "workspace"), 0),
         (("options", "activations"), "int4"),
-        (("kv_cache", "layers", 0, "layout"), "paged"),
+        (("kv_cache", "layers", 0, "layout"), "spiral"),
+        (("kv_cache", "layers", 0, "shares"), -1),
+        (("kv_cache", "layers", 0, "table"), 0.0),
+        (("kv_cache", "rollback"), -1),
+        (("kv_cache", "page_size"), 0),
         (("kv_cache", "layers", 0, "dtype"), "f31"),
         (("kv_cache", "layers", 1, "window"), 0),
         (("weights", 0, "shape", 1), -1),
@@ -241,10 +247,8 @@ def test_value_out_of_range_is_refused_by_name(path: tuple[Any, ...], value: Any
         (("kv_cache", "layers", 1, "index"), 0, "layers 0..1 in order"),
         (("model", "layers"), 3, "layers 0..2 in order"),
         (("options", "context"), 65, "options.context is 65"),
-        (("kv_cache", "max_step"), 65, "max_step is 65"),
-        (("kv_cache", "layers", 0, "capacity"), 63, r"layers\[0\].capacity is 63, it needs 64"),
-        (("kv_cache", "layers", 1, "capacity"), 7, r"layers\[1\].capacity is 7, it needs 8"),
-        (("kv_cache", "layers", 1, "window"), None, r"layers\[1\].window is missing"),
+        (("kv_cache", "max_step"), 65, "kv_cache.max_step is 65"),
+        (("kv_cache", "layers", 0, "capacity"), 63, r"kv_cache.layers\[0\].capacity is 63, it needs 64"),
         (
             ("target", "libraries", 0, "file"),
             "other.o",

@@ -23,7 +23,7 @@ from adapters import random_pairs, write_gguf_adapter
 
 import rlxc
 from rlxc.artifact import Artifact, BackendName
-from rlxc.backends import get_backend
+from rlxc.backends import default_backend, get_backend
 from rlxc.compiler import lower
 from rlxc.errors import ArtifactError, FormatError, OptionError, RlxcError
 from rlxc.ir import parse
@@ -35,6 +35,7 @@ MAX_ANONYMOUS = 500 << 20
 QUICK: Any = {"backend": "onnx"}
 """For tests to which the backend makes no difference: making machine code takes seconds."""
 MAX_GROWTH = {"onnx": 1.35, "tvm": 1.02}
+needs_tvm = pytest.mark.skipif(default_backend() != "tvm", reason="TVM is not installed")
 CompileGemma = Callable[[str, str], Path]
 
 
@@ -82,21 +83,43 @@ def test_context_is_what_a_short_model_allows_by_default(tiny_gguf: Path, tmp_pa
 
 
 @pytest.mark.needs_ring
-@pytest.mark.parametrize(("context", "layout"), [(24, "linear"), (25, "ring"), (256, "ring")])
-def test_a_window_and_a_step_make_a_ring_where_that_is_shorter(
+@pytest.mark.parametrize(
+    ("context", "rollback", "layout"),
+    [(24, 0, "linear"), (25, 0, "ring"), (34, 10, "linear"), (35, 10, "ring"), (256, 10, "ring")],
+)
+def test_a_window_a_step_and_a_rollback_make_a_ring_where_that_is_shorter(
     tiny_gguf: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    backend: BackendName,
     context: int,
+    rollback: int,
     layout: str,
 ) -> None:
     monkeypatch.setattr("rlxc.compiler.MAX_STEP", 16)
-    plan = rlxc.compile(tiny_gguf, tmp_path / "model.rlx", backend=backend, context=context).manifest.kv_cache
-    rows = get_backend(backend).features.cache_rows
-    window, full = (-(-count // rows) * rows for count in (24, context))
+    output = tmp_path / "model.rlx"
+    plan = rlxc.compile(tiny_gguf, output, context=context, rollback=rollback, **QUICK).manifest.kv_cache
+    assert (plan.context, plan.max_step, plan.rollback) == (context, 16, rollback)
     layouts = {layer.index: (layer.layout, layer.capacity) for layer in plan.layers}
-    assert layouts == {**dict.fromkeys(range(7), (layout, window)), 5: ("linear", full)}
+    assert layouts == {**dict.fromkeys(range(7), (layout, 24 + rollback)), 5: ("linear", context)}
+
+
+def test_a_context_can_be_taken_back_whole(tiny_gguf: Path, tmp_path: Path) -> None:
+    rlxc.compile(tiny_gguf, tmp_path / "model.rlx", context=99, rollback=10**12, **QUICK)
+    assert Artifact.open(tmp_path / "model.rlx").manifest.kv_cache.rollback == 99
+
+
+@needs_tvm
+@pytest.mark.parametrize("dtype", ["auto", "f32", "f16", "bf16", "int8"])
+def test_caches_for_tvm_lie_in_pages_of_any_type(tiny_gguf: Path, dtype: Any) -> None:
+    text = lower(tiny_gguf, backend="tvm", context=100, kv_cache=dtype)
+    stored = "f16" if dtype == "auto" else dtype
+    assert len(re.findall(rf"input %past_key_values.*: {stored}\[pages, \d+, 64, \d+\]", text)) == 14
+    assert re.findall(r"input %block_table.*", text) == [
+        "input %block_table.0: i32[batch, 2]",
+        "input %block_table.1: i32[batch, 2]",
+    ]
+    assert text.count("layout='paged', window=8") == 6
+    assert text.count("layout='paged'") == 7
 
 
 @pytest.mark.parametrize(
@@ -109,6 +132,17 @@ def test_a_window_and_a_step_make_a_ring_where_that_is_shorter(
         ({"context": 0}, "context 0 is outside 1..256"),
         ({"context": -1}, "context -1 is outside 1..256"),
         ({"context": 257}, "context 257 is outside 1..256"),
+        ({"rollback": -1}, "rollback -1 is less than 0; give a number of tokens"),
+        (
+            {"backend": "onnx", "kv_cache": "int8"},
+            "the onnx backend has no kv_cache 'int8'; choose one of: auto, f32",
+        ),
+        pytest.param(
+            {"backend": "tvm", "kv_cache": "q8_0"},
+            "the tvm backend has no kv_cache 'q8_0'; choose one of: auto, f16, f32, bf16, int8",
+            marks=needs_tvm,
+        ),
+        ({"kv_cache": None}, "backend has no kv_cache None"),
     ],
     ids=str,
 )
@@ -197,7 +231,14 @@ def test_trace_tells_of_every_pass(tiny_gguf: Path, tmp_path: Path) -> None:
 
 
 def default_pass_names() -> list[str]:
-    passes = default_passes(get_backend("onnx").features, context=256, max_step=256, changes=WeightChanges())
+    passes = default_passes(
+        get_backend("onnx").features,
+        context=256,
+        max_step=256,
+        rollback=0,
+        cache_dtype=None,
+        changes=WeightChanges(),
+    )
     return [one.name for one in passes]
 
 
@@ -282,15 +323,22 @@ def test_real_artifact_says_what_was_compiled(gemma_artifact: Path, gemma_gguf: 
 
 
 @pytest.mark.needs_ring
-def test_real_artifact_plans_rings_and_full_layers(compile_gemma: CompileGemma, backend: BackendName) -> None:
+def test_real_artifact_plans_windows_and_full_layers(
+    compile_gemma: CompileGemma, backend: BackendName
+) -> None:
     plan = Artifact.open(compile_gemma(backend, "int8")).manifest.kv_cache
-    assert plan.context == 4096
+    assert (plan.context, plan.max_step, plan.rollback) == (4096, 256, 64)
+    assert plan.page_size == {"onnx": None, "tvm": 64}[backend]
     assert plan.bytes_per_token == 18 * 2 * 256 * {"onnx": 4, "tvm": 2}[backend]
+    layouts = {"onnx": ("ring", "linear"), "tvm": ("paged", "paged")}[backend]
+    # 512 + 256 + 64 positions, which are 13 pages, and lie in 14.
+    kept = {"onnx": 832, "tvm": 14 * 64}[backend]
     for layer in plan.layers:
         full = layer.index in (5, 11, 17)
-        assert layer.layout == ("linear" if full else "ring")
+        assert layer.layout == layouts[full]
         assert layer.window == (None if full else 512)
-        assert layer.capacity == (4096 if full else 512 + plan.max_step)
+        assert layer.capacity == (4096 if full else kept)
+        assert layer.table == (int(full) if backend == "tvm" else None)
 
 
 def test_real_artifact_accounts_for_every_byte_of_the_file(gemma_artifact: Path, gemma_gguf: Path) -> None:

@@ -20,15 +20,26 @@ from hf_folders import HfTiny
 from one_layer import LINEAR, compile_exact, write_adapter, write_model
 
 import rlxc
-from rlxc.errors import FormatError, ModelError, RlxcError
+from rlxc.artifact import (
+    ArtifactWriter,
+    KvLayer,
+    KvPlan,
+    Manifest,
+    ModelFacts,
+    Options,
+    TargetFacts,
+    TokenizerFacts,
+)
+from rlxc.dtypes import DType
+from rlxc.errors import FormatError, ModelError, OptionError, RlxcError
 from rlxc.inspection import ModelInfo
 
 Q, DOWN = "blk.0.attn_q.weight", "blk.0.ffn_down.weight"
 
 
-def inspected(path: Path) -> ModelInfo:
+def inspected(path: Path, **options: Any) -> ModelInfo:
     """What is told of a path; it can be written as JSON."""
-    info = rlxc.inspect(path)
+    info = rlxc.inspect(path, **options)
     json.dumps(info.to_dict())
     assert info.path == str(path)
     return info
@@ -126,6 +137,96 @@ def test_artifact_with_a_folded_adapter_takes_no_others(compile_model: CompileMo
 def test_artifact_without_adapters_says_nothing_of_them(tmp_path: Path) -> None:
     artifact = compile_exact(write_model(tmp_path / "m.gguf"), tmp_path / "m.rlx")
     assert {"takes_adapters", "adapters"}.isdisjoint(inspected(artifact.path).details)
+
+
+# 64 positions of one head of 4 channels in f32, and a ring of 29 of them; pages of 16 positions in 8 bits.
+BUFFERS = KvPlan(
+    64,
+    16,
+    5,
+    None,
+    64,
+    (
+        KvLayer(0, "linear", 64, None, 1, 4, DType.F32, 32),
+        KvLayer(1, "ring", 29, 8, 1, 4, DType.F32, 32),
+    ),
+)
+PAGES = KvPlan(
+    64,
+    16,
+    5,
+    16,
+    32,
+    (
+        KvLayer(0, "paged", 48, 8, 1, 4, DType.INT8, 16, table=0),
+        KvLayer(1, "paged", 48, 8, 1, 4, DType.INT8, 0, shares=0, table=0),
+        KvLayer(2, "paged", 64, None, 1, 4, DType.INT8, 16, table=1),
+        KvLayer(3, "paged", 48, 8, 1, 4, DType.INT8, 0, shares=0, table=0),
+    ),
+)
+
+
+def written_with(plan: KvPlan, folder: Path) -> Path:
+    """An artifact that has this plan, and nothing else."""
+    with ArtifactWriter(folder / "planned.rlx") as writer:
+        manifest = Manifest(
+            rlxc="0.1.0",
+            model=ModelFacts("llama", "planned", "0" * 64, len(plan.layers), 1, 1, 32, plan.context),
+            target=TargetFacts("onnx", "onnxruntime"),
+            options=Options("int8", plan.context),
+            kv_cache=plan,
+            tokenizer=TokenizerFacts(None, (), add_bos=False, add_eos=False),
+            weights=(),
+        )
+        return writer.commit(manifest).path
+
+
+def test_artifact_tells_of_its_caches_in_short_and_in_whole(tmp_path: Path) -> None:
+    facts = inspected(written_with(BUFFERS, tmp_path)).details["kv_cache"]
+    assert facts["layouts"] == "1 linear, all positions; 1 ring, window 8"
+    assert (facts["dtype"], facts["bytes_per_token"], facts["rollback"]) == ("f32", 64, 5)
+    assert facts["total"] == {"batch": 1, "context": 64, "bytes": 64 * 32 + 29 * 32}
+    assert [layer["capacity"] for layer in facts["layers"]] == [64, 29]
+
+
+def test_artifact_tells_what_pages_hold_and_who_shares_them(tmp_path: Path) -> None:
+    facts = inspected(written_with(PAGES, tmp_path)).details["kv_cache"]
+    assert facts["layouts"] == "1 paged, window 8; 1 paged, all positions; 2 paged, shared, window 8"
+    assert (facts["dtype"], facts["page_size"]) == ("int8", 16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "nbytes"),
+    [(1, 64, 48 * 16 + 64 * 16), (3, 64, 3 * (48 + 64) * 16), (2, 17, 2 * 2 * 32 * 16), (1, 1, 2 * 16 * 16)],
+)
+def test_bytes_of_caches_are_those_of_the_sequences_asked_for(
+    tmp_path: Path, batch: int, context: int, nbytes: int
+) -> None:
+    path = written_with(PAGES, tmp_path)
+    total = inspected(path, batch=batch, context=context).details["kv_cache"]["total"]
+    assert total == {"batch": batch, "context": context, "bytes": nbytes}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"batch": 0}, "batch 0 is less than 1"),
+        ({"context": 0}, "context 0 is outside 1..64"),
+        ({"context": 65}, "context 65 is outside 1..64, what it was compiled for"),
+    ],
+    ids=str,
+)
+def test_sequences_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, int], problem: str) -> None:
+    path = written_with(BUFFERS, tmp_path)
+    with pytest.raises(OptionError, match=re.escape(problem)):
+        rlxc.inspect(path, **options)
+
+
+@pytest.mark.parametrize("options", [{"batch": 2}, {"context": 5}], ids=str)
+def test_what_has_no_caches_is_refused_with_a_size_of_them(tmp_path: Path, options: dict[str, int]) -> None:
+    path = write_gguf_adapter(tmp_path / "a.gguf", random_pairs({Q: LINEAR[Q]}, 3), alpha=1.0)
+    with pytest.raises(OptionError, match="only artifacts have a size of caches"):
+        rlxc.inspect(path, **options)
 
 
 def test_strange_name_of_a_matrix_is_shown_as_it_is(compile_model: CompileModel) -> None:

@@ -8,8 +8,8 @@ where they came from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -89,9 +89,69 @@ class KvPlan:
     layers: tuple[KvLayer, ...]
 
     def nbytes(self, tokens: int, sequences: int = 1) -> int:
-        """The bytes that sequences of so many tokens take, when nothing is shared."""
-        each = sum(layer.bytes_per_token * min(tokens, layer.capacity) for layer in self.layers)
+        """The most bytes that sequences of so many tokens take, in whole pages, when they share nothing."""
+        rows = self._in_pages(tokens)
+        each = sum(layer.bytes_per_token * min(rows, layer.capacity) for layer in self.layers)
         return sequences * each
+
+    @property
+    def problem(self) -> str:
+        """What the fields say that cannot be so together, beginning with one's name; "" if all is well."""
+        return next(self._problems(), "")
+
+    def _problems(self) -> Iterator[str]:
+        if self.max_step > self.context:
+            yield f"max_step is {self.max_step}, more than its context {self.context}"
+        if self.page_size is not None and self.page_size % KEY_TILE:
+            yield f"page_size is {self.page_size}, which is no multiple of {KEY_TILE}"
+        for i, layer in enumerate(self.layers):
+            yield from (f"layers[{i}].{problem}" for problem in self._layer_problems(layer))
+        tables = {layer.table: layer.window for layer in self.layers if layer.table is not None}
+        if tables.keys() != set(range(len(tables))):
+            yield f"layers have tables {sorted(tables)}, which should be numbered from 0"
+        for i, layer in enumerate(self.layers):
+            if layer.table is not None and layer.window != tables[layer.table]:
+                yield f"layers[{i}].window is {layer.window}, others of its table have {tables[layer.table]}"
+        total = sum(layer.bytes_per_token for layer in self.layers)
+        if self.bytes_per_token != total:
+            yield f"bytes_per_token is {self.bytes_per_token}, its layers take {total}"
+
+    def _layer_problems(self, layer: KvLayer) -> Iterator[str]:
+        paged = layer.layout == "paged"
+        if paged is not (self.page_size is not None):
+            yield f"layout is {layer.layout}, and page_size is {self.page_size}"
+            return
+        if paged is not (layer.table is not None):
+            yield f"table is {layer.table}, and layout is {layer.layout}"
+        if layer.dtype not in _ELEMENT_BYTES:
+            yield f"dtype must be one of {', '.join(_ELEMENT_BYTES)}, got {layer.dtype}"
+            return
+        if layer.layout == "ring" and layer.window is None:
+            yield "window is missing from a ring"
+            return
+        most = self._in_pages(self.context)
+        kept = most if layer.window is None else layer.window + self.max_step + self.rollback
+        if paged and layer.window is not None:
+            kept = min(self._in_pages(kept) + (self.page_size or 0), most)
+        needed = most if layer.layout == "linear" else kept
+        if not needed <= layer.capacity <= most or layer.capacity != self._in_pages(layer.capacity):
+            yield f"capacity is {layer.capacity}, it needs {needed}"
+        if layer.shares is None:
+            size = 2 * row_bytes(layer.dtype, layer.heads, layer.head_dim)
+            if layer.bytes_per_token != size:
+                yield f"bytes_per_token is {layer.bytes_per_token}, keys and values take {size}"
+        elif layer.shares >= layer.index:
+            yield f"shares is {layer.shares}, which is no earlier layer"
+        else:
+            owner = self.layers[layer.shares]
+            expected = replace(owner, index=layer.index, shares=owner.index, bytes_per_token=0)
+            if owner.shares is not None or layer != expected:
+                yield f"shares is {layer.shares}, a layer with another cache or with none of its own"
+
+    def _in_pages(self, positions: int) -> int:
+        """So many positions, rounded up to whole pages where there are any."""
+        size = self.page_size or 1
+        return -(-positions // size) * size
 
     @property
     def table_width(self) -> int:

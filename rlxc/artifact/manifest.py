@@ -271,14 +271,8 @@ def _check_consistency(manifest: Manifest) -> None:
         raise _Mismatch(f"kv_cache.layers must describe layers 0..{model.layers - 1} in order")
     if manifest.options.context != plan.context:
         raise _Mismatch(f"options.context is {manifest.options.context}, kv_cache.context is {plan.context}")
-    if plan.max_step > plan.context:
-        raise _Mismatch(f"kv_cache.max_step is {plan.max_step}, more than its context {plan.context}")
-    for i, layer in enumerate(plan.layers):
-        needed = plan.context if layer.layout == "linear" else layer.window
-        if needed is None:
-            raise _Mismatch(f"kv_cache.layers[{i}].window is missing from a ring")
-        if layer.capacity < needed:
-            raise _Mismatch(f"kv_cache.layers[{i}].capacity is {layer.capacity}, it needs {needed}")
+    if plan.problem:
+        raise _Mismatch(f"kv_cache.{plan.problem}")
     for i, library in enumerate(manifest.target.libraries):
         if library.file not in manifest.files:
             raise _Mismatch(f"target.libraries[{i}].file is {library.file!r}, which is not among the files")

@@ -79,9 +79,9 @@ class ArtifactWriter:
         with FileWriter(self._staging / MANIFEST, self.path) as file:
             file.write(text)
         with _writing(self.path):
-            _sync_folder(self._staging)
+            sync_folder(self._staging)
             self._publish()
-            _sync_folder(self._final.parent)
+            sync_folder(self._final.parent)
         return Artifact(self.path, manifest)
 
     def _publish(self) -> None:
@@ -202,7 +202,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise ArtifactError(f"cannot be written ({error.strerror})", source=path, remedy=remedy) from error
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make the names in a folder survive a power cut, on systems that can open folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return

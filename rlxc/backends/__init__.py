@@ -10,7 +10,7 @@ from typing import Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.artifact import ArtifactWriter, BackendName, Library, LoraPlan, Manifest
+from rlxc.artifact import ArtifactWriter, BackendName, KvPlan, Library, LoraPlan, Manifest
 from rlxc.backends.recipes import Losses
 from rlxc.errors import OptionError
 from rlxc.ir import Graph
@@ -28,13 +28,22 @@ def default_backend() -> BackendName:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What was chosen: activations' type in matrix products, positions, tokens of a step at most, CPUs, adapters."""
+    """What was chosen: activations' type in matrix products, CPUs, the plans of caches and of adapters."""
 
     activations: str
-    context: int
-    max_step: int
     target: str
+    kv: KvPlan
     lora: LoraPlan | None = None
+
+    @property
+    def context(self) -> int:
+        """The positions of a sequence."""
+        return self.kv.context
+
+    @property
+    def max_step(self) -> int:
+        """The most tokens of a step."""
+        return self.kv.max_step
 
 
 class Backend(Protocol):

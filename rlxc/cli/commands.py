@@ -11,19 +11,21 @@ import os
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 import rlxc
-from rlxc.artifact import DEFAULT_MAX_RANK, Activations, BackendName
+from rlxc.artifact import DEFAULT_MAX_RANK, DEFAULT_ROLLBACK, Activations, BackendName, KvCacheType
 from rlxc.cli.adapters import FoldTo, Lora, LoraModeOption, Quantize, parse_adapters
 from rlxc.cli.bench import bench
 from rlxc.cli.compare import compare, fold_report
 from rlxc.cli.merge import merge
 from rlxc.cli.models import DEFAULT_CONTEXT, ModelContext, Runnable, Threads, artifact_of
+from rlxc.cli.speculation import Speculate, drafter_of
 from rlxc.cli.terminal import (
     in_one_line,
     lines,
@@ -80,6 +82,10 @@ Context = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Tokens that the KV cache holds.", show_default=DEFAULT_CONTEXT),
 ]
+KvCache = Annotated[
+    KvCacheType,
+    typer.Option("--kv-cache", help="What keys and values are kept as; auto is the backend's choice."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Say on stderr what each pass did, and why not.")]
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens to generate.")]
@@ -101,6 +107,10 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="Stop before this text; may be given several times.")
+]
+WhenFull = Annotated[
+    Literal["stop", "error"],
+    typer.Option("--on-full", help="At the end of the context: stop there, or an error."),
 ]
 
 
@@ -146,6 +156,10 @@ def _compile(
         Activations, typer.Option(help="int8 is fast, float32 the exact reference.")
     ] = "int8",
     context: Context = None,
+    kv_cache: KvCache = "auto",
+    rollback: Annotated[
+        int, typer.Option(min=0, help="The newest tokens that can be taken back, whatever a layer's window.")
+    ] = DEFAULT_ROLLBACK,
     lora: Lora = None,
     lora_mode: LoraModeOption = "auto",
     lora_rank: Annotated[
@@ -166,7 +180,7 @@ def _compile(
 
     \b
     Example:
-      rlxc compile gemma-3-270m.gguf -o gemma.rlx --context 8192
+      rlxc compile gemma-3-270m.gguf -o gemma.rlx --context 8192 --kv-cache int8
       rlxc compile gemma-3-270m.gguf -o gemma.rlx --lora style.gguf:0.8 --lora-mode split
       rlxc compile SmolLM2-135M/ -o smol.rlx --quantize q4_k
     """
@@ -189,6 +203,8 @@ def _compile(
             target=target,
             activations=activations,
             context=context,
+            kv_cache=kv_cache,
+            rollback=rollback,
             adapters=adapters,
             lora=lora_mode,
             lora_rank=lora_rank,
@@ -232,6 +248,8 @@ def _run(
     seed: Seed = None,
     stop: Stop = None,
     lora: Lora = None,
+    speculate: Speculate = None,
+    on_full: WhenFull = "stop",
     stats: Annotated[bool, typer.Option("--stats", help="Print token counts and speed to stderr.")] = False,
     threads: Threads = None,
     context: ModelContext = None,
@@ -242,11 +260,14 @@ def _run(
     Example:
       rlxc run gemma.rlx "The capital of France is" -n 32 --temp 0.7 --top-p 0.9
       rlxc run gemma.rlx "Q: Why is the sky blue? A:" --lora style.gguf:0.8
+      rlxc run gemma.rlx "[1, 2, 3, 4, 5, 6, 7], [1, 2, 3," --speculate ngram --stats
     """
     adapters = parse_adapters(lora)
     artifact = artifact_of(model, context, adapters=bool(adapters))
     started = time.perf_counter()
-    with rlxc.load(artifact, threads=threads) as session:
+    with ExitStack() as closing:
+        session = closing.enter_context(rlxc.load(artifact, threads=threads))
+        drafter = drafter_of(speculate, session, threads, closing)
         for path, scale in adapters:
             session.adapters.push(path, scale)
         ids = session.tokenizer.encode(prompt)
@@ -262,6 +283,8 @@ def _run(
                 repetition_penalty=repetition_penalty,
                 seed=seed,
                 stop=stop or (),
+                speculate=drafter,
+                on_full=on_full,
             )
         )
     if stats:
@@ -269,6 +292,8 @@ def _run(
         note(f"load: {loaded - started:.2f} s")
         note(f"prompt: {len(ids)} tokens, {rate(len(ids), completion.prefill_seconds)}")
         note(f"generated: {count} tokens, {rate(count - 1, completion.decode_seconds)}")
+        if speculate is not None:
+            note(f"speculation: {completion.accepted} of {completion.drafted} guessed tokens were right")
 
 
 @app.command("chat")
@@ -331,6 +356,13 @@ def _inspect(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A model, an adapter or an artifact.", show_default=False)
     ],
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Sequences that the size of an artifact's KV cache is for.")
+    ] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="... and tokens of each.", show_default="all that fit"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model, an adapter or an artifact holds.
@@ -338,9 +370,9 @@ def _inspect(
     \b
     Example:
       rlxc inspect gemma-3-270m.gguf
-      rlxc inspect gemma.rlx --json
+      rlxc inspect gemma.rlx --batch 8 --context 2048 --json
     """
-    facts = rlxc.inspect(path).to_dict()
+    facts = rlxc.inspect(path, batch=batch, context=context).to_dict()
     print(json.dumps(facts, indent=2) if as_json else "\n".join(outline(facts)))
 
 
@@ -351,6 +383,7 @@ def _graph(
         str | None, typer.Option(metavar="PASS", help="Stop after this pass.", show_default="the last one")
     ] = None,
     context: Context = None,
+    kv_cache: KvCache = "auto",
     lora: Lora = None,
     lora_mode: LoraModeOption = "auto",
     fold_to: FoldTo = None,
@@ -369,6 +402,7 @@ def _graph(
     text = lower(
         model,
         context=context,
+        kv_cache=kv_cache,
         adapters=parse_adapters(lora),
         lora=lora_mode,
         fold_to=fold_to,

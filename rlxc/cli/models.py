@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import rlxc
+from rlxc.artifact import VERSION
 from rlxc.cli.terminal import note, progress_bars
 
 Runnable = Annotated[
@@ -51,7 +52,7 @@ def artifact_of(model: Path, context: int | None, *, adapters: bool = False) -> 
 
     lora: LoraMode = "split" if adapters else "auto"
     with open_model(model) as file:
-        key = json.dumps([rlxc.__version__, file.fingerprint(), context, lora])
+        key = json.dumps([rlxc.__version__, VERSION, file.fingerprint(), context, lora])
     cache = Path(os.environ.get("RLXC_CACHE") or Path.home() / ".cache" / "rlxc")
     artifact = cache / f"{model.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.rlx"
     if not artifact.exists():

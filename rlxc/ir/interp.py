@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import singledispatch
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.dtypes import DType
 from rlxc.errors import GraphError
 from rlxc.ir import ops
-from rlxc.ir.graph import Alias, Concat, Encode, Fold, Graph, Source, Weight
+from rlxc.ir.graph import Alias, Concat, Encode, Fold, Graph, Node, Source, Weight
 from rlxc.ir.rope import RopeSpec
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float64]
+Table = npt.NDArray[np.integer[Any]]
+Store = Callable[[Floats], Floats]
 ReadTensor = Callable[[str], npt.NDArray[np.float32]]
 """Gives a tensor of the model file, decoded, by its name: ``f32 [out, in]`` or ``[n]``."""
 
@@ -24,7 +28,8 @@ def run(graph: Graph, feeds: Mapping[str, Array], read: ReadTensor) -> dict[str,
 
     Args:
         graph: the graph.
-        feeds: an array for every graph input; caches of an in-place layout are not modified.
+        feeds: an array for every graph input; caches of an in-place layout are not modified. A cache is given by
+            the numbers that its elements stand for, also where it holds 8-bit codes.
         read: gives the decoded tensors of the model file.
 
     Returns:
@@ -41,7 +46,7 @@ def run(graph: Graph, feeds: Mapping[str, Array], read: ReadTensor) -> dict[str,
         inputs = [
             values[n] if n in values else weight_array(graph, graph.weight[n], read) for n in node.inputs
         ]
-        for name, result in zip(node.outputs, evaluate(node.op, inputs)):
+        for name, result in zip(node.outputs, evaluate(node.op, inputs, _cache_dtype(graph, node))):
             values[name] = result
     return {name: values[name] for name in graph.outputs}
 
@@ -67,10 +72,23 @@ def weight_array(graph: Graph, weight: Weight, read: ReadTensor) -> Floats:
             return folded
 
 
-def evaluate(op: ops.Op, inputs: list[Array]) -> tuple[Array, ...]:
-    """The results of one op on arrays (floats as float64)."""
-    result = _evaluate(op, *inputs)
+def evaluate(op: ops.Op, inputs: list[Array], cache_dtype: DType = DType.F32) -> tuple[Array, ...]:
+    """The results of one op on arrays (floats as float64).
+
+    An op that writes to caches rounds what it writes to what their type can hold; f32 counts as exact.
+    """
+    if isinstance(op, (ops.KvWrite, ops.GroupQueryAttention)):
+        result = _evaluate(op, *inputs, store=_STORED[cache_dtype])
+    else:
+        result = _evaluate(op, *inputs)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _cache_dtype(graph: Graph, node: Node) -> DType:
+    """The type of the caches that a node writes to, f32 where it writes to none."""
+    if isinstance(node.op, (ops.KvWrite, ops.GroupQueryAttention)):
+        return graph.types[node.outputs[-1]].dtype
+    return DType.F32
 
 
 def _widen(array: Array) -> Array:
@@ -78,7 +96,7 @@ def _widen(array: Array) -> Array:
 
 
 @singledispatch
-def _evaluate(op: ops.Op, *inputs: Array) -> Array | tuple[Array, ...]:
+def _evaluate(op: ops.Op, *inputs: Array, **options: Store) -> Array | tuple[Array, ...]:
     raise GraphError(f"the interpreter does not know {op.name}")
 
 
@@ -213,7 +231,11 @@ def _(op: ops.Rope, x: Floats, positions: npt.NDArray[np.int64], factors: Floats
 
 
 def rotate(
-    x: Floats, positions: npt.NDArray[np.int64], heads: int, spec: RopeSpec, factors: Floats | None
+    x: Floats,
+    positions: npt.NDArray[np.int64],
+    heads: int,
+    spec: RopeSpec,
+    factors: Floats | None = None,
 ) -> Floats:
     """``x [B, S, heads * D]`` with every head rotated by its token's position ``[B, S]``."""
     cos, sin = spec.angles(positions, None if factors is None else factors.astype(np.float32))
@@ -239,31 +261,78 @@ def _(op: ops.KvAppend, past: Floats, new: Floats) -> Array:
 
 
 @_evaluate.register
-def _(op: ops.KvWrite, cache: Floats, new: Floats, past: Array) -> Array:
-    return _write(op.layout, cache, new, int(past))
+def _(
+    op: ops.KvWrite, cache: Floats, new: Floats, past: Array, table: Table | None = None, *, store: Store
+) -> Array:
+    return _write(op.layout, cache, store(_rows(new, cache.shape[1])), int(past), table)
 
 
-def _write(layout: str, cache: Floats, new: Floats, past: int) -> Floats:
-    capacity, step = cache.shape[2], new.shape[1]
+def _write(layout: str, cache: Floats, rows: Floats, past: int, table: Table | None) -> Floats:
+    """The cache after ``rows [B, K, S, D]`` were written to it."""
+    capacity, step = cache.shape[2], rows.shape[2]
+    written = cache.copy()
+    if table is not None:
+        pages, slots = _pages(cache, table, past + np.arange(step))
+        places = pages * capacity + slots
+        if len(np.unique(places)) < places.size:
+            raise GraphError("two sequences write to one row of a page")
+        written[pages, :, slots] = rows.transpose(0, 2, 1, 3)
+        return written
     if (past + step if layout == "linear" else step) > capacity:
         raise GraphError(f"{past} + {step} rows do not fit a {layout} cache of {capacity}")
-    slots = (past + np.arange(step)) % capacity
-    written = cache.copy()
-    written[:, :, slots] = _rows(new, cache.shape[1])
+    written[:, :, (past + np.arange(step)) % capacity] = rows
     return written
 
 
 @_evaluate.register
-def _(op: ops.KvRead, cache: Floats, new: Floats, past: Array) -> Array:
-    return _visible(cache, new.shape[1], int(past), op.window)
+def _(op: ops.KvRead, cache: Floats, new: Floats, past: Array, table: Table | None = None) -> Array:
+    return _visible(cache, new.shape[1], int(past), op.window, table)
 
 
-def _visible(cache: Floats, step: int, past: int, window: int | None) -> Floats:
+def _visible(cache: Floats, step: int, past: int, window: int | None, table: Table | None) -> Floats:
     total = past + step
     count = total if window is None else min(total, window + step - 1)
+    positions = np.arange(total - count, total)
+    if table is not None:
+        pages, slots = _pages(cache, table, positions)
+        return np.asarray(cache[pages, :, slots].transpose(0, 2, 1, 3))
     if count > cache.shape[2]:
         raise GraphError(f"a step of {step} tokens needs {count} rows of a ring of {cache.shape[2]}")
-    return np.asarray(cache[:, :, np.arange(total - count, total) % cache.shape[2]])
+    return np.asarray(cache[:, :, positions % cache.shape[2]])
+
+
+def _pages(cache: Floats, table: Table, positions: Table) -> tuple[Table, Table]:
+    """The page and the row in it, each ``[B, n]``, that hold these positions of every sequence."""
+    entries, slots = np.divmod(positions, cache.shape[2])
+    if len(entries) and entries[-1] >= table.shape[1]:
+        raise GraphError(f"position {positions[-1]} is beyond a table of {table.shape[1]} pages")
+    pages = table[:, entries]
+    strange = pages[(pages < 0) | (pages >= len(cache))]
+    if strange.size:
+        raise GraphError(f"a block table names page {strange[0]} of {len(cache)}")
+    return pages, np.broadcast_to(slots, pages.shape)
+
+
+def _as_bf16(rows: Floats) -> Floats:
+    bits = rows.astype(np.float32).view(np.uint32)
+    even = (bits >> 16) & 1
+    return ((bits + (0x7FFF + even) >> 16) << 16).view(np.float32).astype(np.float64)
+
+
+def _as_int8(rows: Floats) -> Floats:
+    """Codes of -127 ... 127 times a scale, which is f32, for each row."""
+    scales = (abs(rows).max(-1, keepdims=True) / 127).astype(np.float32).astype(np.float64)
+    codes = np.rint(rows / np.where(scales, scales, 1))
+    return np.asarray(codes * scales)
+
+
+_STORED: Mapping[DType, Store] = {
+    DType.F32: lambda rows: rows,
+    DType.F16: lambda rows: rows.astype(np.float16).astype(np.float64),
+    DType.BF16: _as_bf16,
+    DType.INT8: _as_int8,
+}
+"""Rows as a cache of each type gives them back; halves are rounded to even."""
 
 
 @_evaluate.register
@@ -294,15 +363,17 @@ def _(
     key_cache: Floats,
     value_cache: Floats,
     past: Array,
-    factors: Floats | None = None,
+    *rest: Any,
+    store: Store,
 ) -> tuple[Array, ...]:
+    table, factors = (rest[0], rest[1:]) if op.layout == "paged" else (None, rest)
     if op.rope is not None:
         positions = np.broadcast_to(int(past) + np.arange(q.shape[1], dtype=np.int64), q.shape[:2])
-        q = rotate(q, positions, op.heads, op.rope, factors)
-        k = rotate(k, positions, key_cache.shape[1], op.rope, factors)
-    key_cache = _write(op.layout, key_cache, k, int(past))
-    value_cache = _write(op.layout, value_cache, v, int(past))
-    window = op.window if op.layout == "ring" else None
-    keys = _visible(key_cache, q.shape[1], int(past), window)
-    values = _visible(value_cache, q.shape[1], int(past), window)
+        q = rotate(q, positions, op.heads, op.rope, *factors)
+        k = rotate(k, positions, key_cache.shape[1], op.rope, *factors)
+    kv_heads, window = key_cache.shape[1], None if op.layout == "linear" else op.window
+    key_cache = _write(op.layout, key_cache, store(_rows(k, kv_heads)), int(past), table)
+    value_cache = _write(op.layout, value_cache, store(_rows(v, kv_heads)), int(past), table)
+    keys = _visible(key_cache, q.shape[1], int(past), window, table)
+    values = _visible(value_cache, q.shape[1], int(past), window, table)
     return _attend(q, keys, values, op.heads, op.scale, op.window), key_cache, value_cache

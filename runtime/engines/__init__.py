@@ -14,7 +14,6 @@ from rlxc.errors import SessionError
 from rlxc.runtime.cpu import choose_library
 from rlxc.runtime.logits import Floats, StepLogits
 
-
 C = TypeVar("C", bound="Cache")
 
 

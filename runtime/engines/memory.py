@@ -18,8 +18,14 @@ def private_memory(size: int, *, large_pages: bool = False) -> npt.NDArray[np.in
 
     They begin at a page's start, and pages that nobody touches take no memory. Large pages, where the system has them,
     are read faster when what is read lies in many short pieces.
+
+    Raises:
+        MemoryError: the system has no more.
     """
-    mapping = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    try:
+        mapping = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise MemoryError(f"no memory for {size} bytes") from error
     if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -1,21 +1,34 @@
-"""ONNX Runtime as an engine: caches stay in one place, logits arrive in the caller's buffer, nothing is copied."""
+"""ONNX Runtime as an engine: it writes caches in place, and logits where the caller wants them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from math import prod
-from weakref import WeakValueDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from rlxc.artifact import UNIT_RANK, Artifact, KvPlan, LoraGroup, LoraPlan
+from rlxc.artifact import UNIT_RANK, Artifact, LoraGroup, LoraPlan
 from rlxc.dtypes import DType
 from rlxc.errors import SessionError
-from rlxc.runtime.engines import Mix, Pairs
+from rlxc.runtime.engines import KvRows, Mix, Pairs
+from rlxc.runtime.engines.onnx_cache import (
+    GroupRows,
+    OnnxCache,
+    RowGroup,
+    Rows,
+    empty_cache,
+    loaded_cache,
+    row_groups,
+)
+from rlxc.runtime.engines.onnx_lane import Lane
 from rlxc.runtime.engines.residency import release_mapped
 from rlxc.runtime.logits import StepLogits
 
@@ -55,38 +68,49 @@ class OnnxAdapter:
 OnnxMix = tuple[tuple[OnnxAdapter, float], ...]
 
 
-class OnnxCache:
-    """Keys and values of one sequence. Each buffer is bound as both past and present, so steps write in place.
+class Binding:
+    """What one sequence's steps read and write. Caches are bound as both past and present, so steps write in place.
 
-    The adapters of its last step stay bound too: a step with the same ones binds nothing.
+    Caches and adapters stay bound: a step with those of the last one binds its tokens only. Their arrays are kept here
+    as long as they are bound, which ONNX Runtime leaves to its caller.
     """
 
-    def __init__(self, session: ort.InferenceSession, plan: KvPlan) -> None:
-        self.position = 0
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.io = session.io_binding()
         self.mix: OnnxMix = ()
-        self.binding = session.io_binding()
-        self._buffers: list[ort.OrtValue] = []
-        self.stack: OnnxAdapter | None = None
-        self._scales: ort.OrtValue | None = None
-        for layer in plan.layers:
-            for part in ("key", "value"):
-                # Zeroed pages cost nothing until a step touches them.
-                rows = np.zeros((1, layer.heads, layer.capacity, layer.head_dim), np.float32)
-                buffer = ort.OrtValue.ortvalue_from_numpy(rows)
-                self.binding.bind_ortvalue_input(f"past_key_values.{layer.index}.{part}", buffer)
-                self.binding.bind_ortvalue_output(f"present.{layer.index}.{part}", buffer)
-                self._buffers.append(buffer)
+        self._stack: OnnxAdapter | None = None
+        self._caches: list[Rows] = []
+
+    def bind_caches(self, groups: Sequence[RowGroup], caches: Sequence[Rows]) -> None:
+        """Let the next run use these buffers, of each group of layers."""
+        bound, self._caches = self._caches, list(caches)
+        for group, arrays, last in zip_longest(groups, caches, bound):
+            if last is not None and _is_same(arrays[0], last[0]):
+                continue
+            names = [f"{layer.index}.{part}" for layer in group.layers for part in ("key", "value")]
+            for name, array in zip(names, arrays):
+                value = ort.OrtValue.ortvalue_from_numpy(array)
+                self.io.bind_ortvalue_input(f"past_key_values.{name}", value)
+                self.io.bind_ortvalue_output(f"present.{name}", value)
 
     def bind_adapters(self, stack: OnnxAdapter, mix: OnnxMix) -> None:
-        """Let the next steps use these adapters, which ``stack`` holds all together."""
-        if stack is not self.stack:
+        """Let the next runs use these adapters, which ``stack`` holds all together."""
+        if stack is not self._stack:
             for name, value in stack.values.items():
-                self.binding.bind_ortvalue_input(name, value)
+                self.io.bind_ortvalue_input(name, value)
         each = [scale for adapter, scale in mix for _ in range(adapter.rank)]
-        scales = np.array([each or [0.0] * stack.rank], np.float32)
-        self._scales = ort.OrtValue.ortvalue_from_numpy(scales)
-        self.binding.bind_ortvalue_input(_SCALES, self._scales)
-        self.mix, self.stack = mix, stack
+        self._scales = np.array([each or [0.0] * stack.rank], np.float32)
+        self.io.bind_ortvalue_input(_SCALES, ort.OrtValue.ortvalue_from_numpy(self._scales))
+        self.mix, self._stack = mix, stack
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a step made of some of its sequences: what they will hold, and logits ``[members, R, vocab]``."""
+
+    members: list[int]
+    groups: list[list[GroupRows]]
+    logits: Floats
 
 
 class OnnxRuntimeEngine:
@@ -108,7 +132,9 @@ class OnnxRuntimeEngine:
         self.context = manifest.kv_cache.context
         self.ticks = None
         self.max_step = manifest.kv_cache.max_step
-        self._plan = manifest.kv_cache
+        self._groups = row_groups(manifest.kv_cache)
+        self.bindings: WeakKeyDictionary[OnnxCache | Lane, Binding] = WeakKeyDictionary()
+        self._lanes: dict[OnnxMix, Lane] = {}
         self._lora = manifest.lora or LoraPlan(DType.F32, UNIT_RANK, ())
         self._none = _laid_out(self._lora, {}, rank=1)
         self._stacks: WeakValueDictionary[tuple[OnnxAdapter, ...], OnnxAdapter] = WeakValueDictionary()
@@ -130,8 +156,20 @@ class OnnxRuntimeEngine:
         release_mapped(artifact.file("weights.bin"))
 
     def new_cache(self) -> OnnxCache:
-        """Buffers for one sequence."""
-        return OnnxCache(self._session, self._plan)
+        """Buffers for one sequence.
+
+        Raises:
+            MemoryError: there is none for them.
+        """
+        return empty_cache(self._groups)
+
+    def load_cache(self, position: int, layers: Sequence[KvRows]) -> OnnxCache:
+        """A cache with these rows, as :meth:`OnnxCache.rows` gave them.
+
+        Raises:
+            MemoryError: there is none for its buffers.
+        """
+        return loaded_cache(self._groups, position, layers)
 
     def prepare(self, pairs: Pairs) -> OnnxAdapter:
         """Lay out an adapter's matrices as the model's inputs, its ranks padded with zeros to whole units."""
@@ -145,47 +183,123 @@ class OnnxRuntimeEngine:
         rows: Int64s,
         mixes: Sequence[Mix[OnnxAdapter]] = (),
     ) -> StepLogits:
-        """Run tokens ``[B, S]`` after those that each cache holds, one sequence after the other."""
-        for cache, mix in zip(caches, mixes or [()] * len(caches)):
-            self._mix(cache, tuple((adapter, scale) for adapter, scale in mix if adapter.rank))
-        logits = [self._step(cache, tokens, rows) for cache, tokens in zip(caches, ids)]
-        return StepLogits(logits[0][None] if len(logits) == 1 else np.stack(logits))
+        """Run tokens ``[B, S]`` after those that each cache holds.
 
-    def _mix(self, cache: OnnxCache, mix: OnnxMix) -> None:
-        """Bind a stack of adapters, unless it is the one of the cache's last step."""
-        if mix == cache.mix:
+        Sequences that add one token each with the same adapters run together, others one after the other.
+
+        Raises:
+            MemoryError: there is none for more tokens; the caches are unchanged.
+        """
+        self._lanes = {mix: lane for mix, lane in self._lanes.items() if lane.is_used}
+        alike: dict[OnnxMix, list[int]] = {}
+        for i, mix in enumerate(mixes or [()] * len(caches)):
+            alike.setdefault(tuple(one for one in mix if one[0].rank), []).append(i)
+        results: list[_Result] = []
+        for stack, members in alike.items():
+            together = None
+            if ids.shape[1] == 1 and len(members) > 1:
+                together = self._extend_together(stack, [caches[i] for i in members], ids[members], rows)
+            if together is not None:
+                results.append(replace(together, members=[members[i] for i in together.members]))
+            else:
+                results += [self._extend(stack, caches[i], ids[i], rows, i) for i in members]
+        for result in results:
+            for i, groups in zip(result.members, result.groups):
+                caches[i].position, caches[i].groups = caches[i].position + ids.shape[1], groups
+                if len(result.members) > 1:  # what it wrote to when it ran alone is wanted no more
+                    self.bindings.pop(caches[i], None)
+        if len(results) == 1 and results[0].members == list(range(len(caches))):
+            return StepLogits(results[0].logits)
+        logits = np.empty((len(caches), len(rows), self.vocab_size), np.float32)
+        for result in results:
+            logits[result.members] = result.logits
+        return StepLogits(logits)
+
+    def _binding(self, owner: OnnxCache | Lane, mix: OnnxMix) -> Binding:
+        binding = self.bindings.get(owner)
+        if binding is None:
+            binding = self.bindings[owner] = Binding(self._session)
+        self._mix(binding, mix)
+        return binding
+
+    def _mix(self, binding: Binding, mix: OnnxMix) -> None:
+        """Bind a stack of adapters, unless it is the one of the last step."""
+        if mix == binding.mix:
             return
         adapters = tuple(adapter for adapter, _ in mix)
         if len(adapters) < 2:
-            cache.bind_adapters(adapters[0] if adapters else self._none, mix)
+            binding.bind_adapters(adapters[0] if adapters else self._none, mix)
             return
         stack = self._stacks.get(adapters)
         if stack is None:
             stack = self._stacks[adapters] = _stacked(self._lora, adapters)
-        cache.bind_adapters(stack, mix)
+        binding.bind_adapters(stack, mix)
 
-    def _step(self, cache: OnnxCache, ids: Int64s, rows: Int64s) -> Floats:
-        """Logits f32 ``[R, vocab]``."""
-        total = cache.position + len(ids)
-        binding = cache.binding
-        binding.bind_cpu_input("input_ids", ids[None])
-        binding.bind_cpu_input("attention_mask", self._mask[:, :total])
+    def _extend_together(
+        self, mix: OnnxMix, caches: Sequence[OnnxCache], ids: Int64s, rows: Int64s
+    ) -> _Result | None:
+        """Run one token of each sequence; None where there is no memory to have them side by side."""
+        lane = self._lanes.get(mix)
+        gathered = lane.gather(caches) if lane is not None else None
+        if lane is None or gathered is None:
+            try:
+                lane = self._lanes[mix] = Lane(self._groups, 2 << (len(caches) - 1).bit_length())
+            except MemoryError:
+                return None
+            gathered = lane.gather(caches)
+            assert gathered is not None
+        binding = self._binding(lane, mix)
+        binding.bind_caches(self._groups, gathered.arrays)
+        totals = [caches[i].position + 1 for i in gathered.order]
+        mask = (np.arange(max(totals)) < np.array(totals)[:, None]).astype(np.int64)
+        logits = self._run(binding, mask, ids[gathered.order], rows)
+        return _Result(gathered.order, gathered.groups, logits)
+
+    def _extend(self, mix: OnnxMix, cache: OnnxCache, ids: Int64s, rows: Int64s, member: int) -> _Result:
+        """Run tokens of one sequence in as few runs as the rings allow."""
+        binding = self._binding(cache, mix)
+        groups, start, parts, order = cache.groups, 0, [], []
+        while start < len(ids):
+            position = cache.position + start
+            count = min(each.group.longest(position, len(ids) - start) for each in groups)
+            groups = [each.extended(position, position + count) for each in groups]
+            binding.bind_caches(self._groups, [each.buffers.arrays for each in groups])
+            here = np.flatnonzero((rows >= start) & (rows < start + count))
+            mask = self._mask[:, : position + count]
+            parts.append(self._run(binding, mask, ids[None, start : start + count], rows[here] - start))
+            order.append(here)
+            start += count
+        if len(parts) == 1:
+            return _Result([member], [groups], parts[0])
+        logits = np.concatenate(parts, axis=1)[:, np.argsort(np.concatenate(order))]
+        return _Result([member], [groups], logits)
+
+    def _run(self, binding: Binding, mask: Int64s, ids: Int64s, rows: Int64s) -> Floats:
+        """Run tokens ``[B, S]``, where the mask has ones for all tokens of a sequence; logits ``[B, R, vocab]``."""
+        io = binding.io
+        io.bind_cpu_input("input_ids", ids)
+        io.bind_cpu_input("attention_mask", mask)
         # Binding a value rather than an array, because this input has a default and is not among the model's inputs.
-        binding.bind_ortvalue_input("logit_rows", ort.OrtValue.ortvalue_from_numpy(rows))
+        io.bind_ortvalue_input("logit_rows", ort.OrtValue.ortvalue_from_numpy(rows))
         if len(rows) == 1:
-            logits = np.empty((1, 1, self.vocab_size), np.float32)
-            binding.bind_output("logits", *_CPU, np.float32, logits.shape, logits.ctypes.data)
+            logits = np.empty((len(ids), 1, self.vocab_size), np.float32)
+            io.bind_output("logits", *_CPU, np.float32, logits.shape, logits.ctypes.data)
         else:  # The model declares one row, and takes no buffer of another shape.
-            binding.bind_output("logits", *_CPU)
-        self._session.run_with_iobinding(binding)
-        cache.position = total
+            io.bind_output("logits", *_CPU)
+        try:
+            self._session.run_with_iobinding(io)
+        except RuntimeError as error:  # as ONNX Runtime reports what a node threw
+            if "bad_alloc" in str(error):
+                raise MemoryError(str(error)) from error
+            raise
         if len(rows) != 1:
-            logits = binding.get_outputs()[-1].numpy()
-        result: Floats = logits[0]
-        return result
+            logits = io.get_outputs()[-1].numpy()
+        return logits
 
     def close(self) -> None:
         """Release the session's memory and threads."""
+        self.bindings.clear()
+        self._lanes.clear()
         del self._session
 
 
@@ -244,6 +358,10 @@ def _down_shape(group: LoraGroup, rank: int) -> tuple[int, ...]:
     if group.kind == "embedding":
         return (1, columns, rank)
     return (1, len(group.parts) * rank, columns)
+
+
+def _is_same(array: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    return array.shape == other.shape and array.ctypes.data == other.ctypes.data
 
 
 def _is_met(requirement: str) -> bool:

@@ -18,11 +18,11 @@ import tvm_ffi
 import tvm_ffi_orcjit
 
 from rlxc.artifact import Artifact, KvPlan
-from rlxc.dtypes import DType
 from rlxc.errors import ArtifactError, SessionError
 from rlxc.runtime.cpu import choose_library
-from rlxc.runtime.engines import Mix, Pairs
-from rlxc.runtime.engines.memory import align, aligned, private_memory
+from rlxc.runtime.engines import KvRows, Mix, Pairs
+from rlxc.runtime.engines.memory import aligned, private_memory
+from rlxc.runtime.engines.pages import PagedCache, PagePool
 from rlxc.runtime.engines.pool import pool_of
 from rlxc.runtime.engines.tvm_adapters import Stacks, TvmAdapter
 from rlxc.runtime.logits import StepLogits, block_count
@@ -31,21 +31,6 @@ Int64s = npt.NDArray[np.int64]
 
 WEIGHTS = "weights.safetensors"
 _STEP = "rlxc_step"
-_ELEMENT_BYTES = {DType.F32: 4, DType.F16: 2}
-
-
-class TvmCache:
-    """Keys and values of one sequence: every layer's, one after the other. Untouched pages take no memory."""
-
-    def __init__(self, plan: KvPlan) -> None:
-        self.position = 0
-        size = sum(2 * align(_cache_bytes(layer)) for layer in plan.layers)
-        self._memory = private_memory(size)
-        self.address = self._memory.ctypes.data
-
-
-def _cache_bytes(layer: Any) -> int:
-    return int(layer.heads * layer.capacity * layer.head_dim * _ELEMENT_BYTES[layer.dtype])
 
 
 class TvmEngine:
@@ -61,7 +46,7 @@ class TvmEngine:
         self.vocab_size = manifest.model.vocab_size
         self.context = manifest.kv_cache.context
         self.max_step = manifest.kv_cache.max_step
-        self._plan = manifest.kv_cache
+        self._plan = _paged(manifest.kv_cache, artifact)
         library = choose_library(artifact)
         self._threads = threads
         pool_of(threads)
@@ -70,13 +55,25 @@ class TvmEngine:
         self.ticks: Int64s = np.zeros(library.calls + 1, np.int64)
         self._anchor = self._workspace[:1]
         self._lora = manifest.lora
-        self._stacks = Stacks(manifest.lora, self._anchor.ctypes.data)
+        self._address: int = self._anchor.ctypes.data
+        self._pools = [PagePool(layout) for layout in self._plan.pages]
+        self._stacks = Stacks(manifest.lora, self._address)
         self._module, self._step = _load_object(artifact.file(library.file))
         self._fixed = [tvm_ffi.from_dlpack(array) for array in (self._weights, self._workspace, self._anchor)]
 
-    def new_cache(self) -> TvmCache:
-        """Memory for one sequence."""
-        return TvmCache(self._plan)
+    def new_cache(self) -> PagedCache:
+        """A sequence without tokens, which has no pages yet."""
+        return PagedCache(self._plan, self._pools, self._address)
+
+    def load_cache(self, position: int, layers: Sequence[KvRows]) -> PagedCache:
+        """A sequence of ``position`` tokens.
+
+        Raises:
+            MemoryError: there is none for its pages.
+        """
+        cache = self.new_cache()
+        cache.load(position, layers)
+        return cache
 
     def prepare(self, pairs: Pairs) -> TvmAdapter:
         """An adapter's memory.
@@ -92,7 +89,7 @@ class TvmEngine:
 
     def step(
         self,
-        caches: Sequence[TvmCache],
+        caches: Sequence[PagedCache],
         ids: Int64s,
         rows: Int64s,
         mixes: Sequence[Mix[TvmAdapter]] = (),
@@ -100,16 +97,17 @@ class TvmEngine:
         """Run tokens ``[B, S]`` after those that each cache holds, in one call.
 
         Raises:
+            MemoryError: there is none for the logits, or for more tokens; the caches are unchanged.
             SessionError: stacks do not fit the sequences, the model or the room that there is for them.
         """
         sequences, step = ids.shape
-        count, blocks, anchor = len(rows), block_count(self.vocab_size), self._anchor.ctypes.data
+        count, blocks = len(rows), block_count(self.vocab_size)
         values, maxima, sums = (
             aligned(sequences, count, width) for width in (self.vocab_size, blocks, blocks)
         )
         stacks = self._stacks.tensors(sequences, mixes)
         tensors: tuple[npt.NDArray[Any], ...] = (
-            np.array([cache.address - anchor for cache in caches], np.int64),
+            np.array([cache.tables - self._address for cache in caches], np.int64),
             np.array([cache.position for cache in caches], np.int32),
             ids.reshape(-1),
             rows,
@@ -119,17 +117,40 @@ class TvmEngine:
         # Without rows, nothing is written where there is no room; but a tensor must have an element.
         passed = [tvm_ffi.from_dlpack(array if array.size else np.zeros(1, array.dtype)) for array in tensors]
 
-        def run() -> None:
+        def run() -> None:  # all of it where no Ctrl-C comes between
+            _reserve(caches, step)
             self._step(*self._fixed, *stacks, *passed, sequences, step, count)
             for cache in caches:
-                cache.position += step
+                cache.advance(step)
 
         pool_of(self._threads).call(run)
         return StepLogits(values, maxima, sums)
 
     def close(self) -> None:
-        """Release the model's memory."""
-        del self._step, self._module, self._fixed, self._weights, self._stacks
+        """Release the model's memory; a cache that somebody still has keeps its pages."""
+        del self._step, self._module, self._fixed, self._weights, self._stacks, self._pools
+
+
+def _paged(plan: KvPlan, artifact: Artifact) -> KvPlan:
+    """The plan, if it is one that kernels can follow."""
+    if plan.page_size is None or any(layer.layout != "paged" for layer in plan.layers):
+        raise ArtifactError(
+            "kv_cache: there are layers without pages, which no compiled kernel reads",
+            source=artifact.path,
+            remedy="compile the model again",
+        )
+    return plan
+
+
+def _reserve(caches: Sequence[PagedCache], count: int) -> None:
+    """Make room for so many tokens in each cache, or in none."""
+    try:
+        for cache in caches:
+            cache.reserve(count)
+    except MemoryError:
+        for cache in caches:
+            cache.truncate(cache.position)
+        raise
 
 
 def _map_tensors(path: Path) -> npt.NDArray[np.int8]:

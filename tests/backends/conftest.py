@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -29,11 +29,12 @@ from rlxc.artifact import (
     TargetFacts,
     TokenizerFacts,
 )
+from rlxc.artifact.kv import row_bytes
 from rlxc.backends import BuildOptions, get_backend
 from rlxc.backends.onnx import OnnxBackend
 from rlxc.backends.recipes import Losses
 from rlxc.dtypes import DType
-from rlxc.ir import Graph, interp, parse
+from rlxc.ir import Graph, Node, TensorType, Value, interp, parse
 from rlxc.ir.ops import GroupQueryAttention
 from rlxc.runtime.engines import Engine, Mix, find_engine
 
@@ -133,7 +134,7 @@ def build(tmp_path: Path) -> Build:
         graph = parse(text)
         built = Built(graph, RandomTensors(graph, seed=0), tmp_path / folder)
         built.folder.mkdir()
-        options = BuildOptions(activations, context, max_step=context, target="native")
+        options = BuildOptions(activations, "native", KvPlan(context, context, 0, None, 0, ()))
         read = built.tensors.packed.__getitem__
         writer = FolderWriter(built.folder)
         OnnxBackend().build(graph, read, writer, options, lambda name: None, built.losses)
@@ -196,7 +197,8 @@ Load = Callable[..., Loaded]
 def load_graph(backend: BackendName, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
     """``load_graph(ir_text, activations="float32", lora=())``, once on each backend, with steps of up to 16 tokens.
 
-    ``lora`` names the matrices that take adapters.
+    Caches are linear in the text, and lie in pages where the backend has them. ``lora`` names the matrices that take
+    adapters.
     """
     folder = tmp_path_factory.mktemp("graphs")
     loaded: list[Loaded] = []
@@ -208,12 +210,14 @@ def load_graph(backend: BackendName, tmp_path_factory: pytest.TempPathFactory) -
         if lora:
             dtype = made.features.rounded_lora if activations == "int8" else DType.F32
             graph, lora_plan = split_graph(graph, lora, dtype)
-        plan = _plan(graph)
+        page_size = made.features.page_size
+        plan = _plan(graph, page_size)
         tensors = RandomTensors(graph, seed=0)
-        options = BuildOptions(activations, plan.context, plan.max_step, target="native", lora=lora_plan)
+        options = BuildOptions(activations, "native", plan, lora_plan)
         with ArtifactWriter(folder / f"{len(loaded)}.rlx") as writer:
             read = tensors.packed.__getitem__
-            libraries = made.build(graph, read, writer, options, lambda name: None)
+            built = graph if page_size is None else _in_pages(graph, plan)
+            libraries = made.build(built, read, writer, options, lambda name: None)
             vocab = int(graph.types["logits"].shape[-1])
             manifest = Manifest(
                 rlxc="0.1.0",
@@ -235,16 +239,42 @@ def load_graph(backend: BackendName, tmp_path_factory: pytest.TempPathFactory) -
         one.engine.close()
 
 
-def _plan(graph: Graph) -> KvPlan:
-    layers = []
-    for node in graph.nodes:
-        if isinstance(node.op, GroupQueryAttention):
-            type_ = graph.types[node.inputs[3]]
-            heads, capacity, dim = map(int, type_.shape[1:])
-            size = 2 * heads * dim * (4 if type_.dtype is DType.F32 else 2)
-            op = node.op
-            layers.append(
-                KvLayer(len(layers), op.layout, capacity, op.window, heads, dim, type_.dtype, size)  # type: ignore[arg-type]
+def _plan(graph: Graph, page_size: int | None) -> KvPlan:
+    """The plan of a graph of linear caches, which lie in pages of so many positions if there are any."""
+    layers: list[KvLayer] = []
+    tables: dict[int | None, int] = {}
+    context = 0
+    for index, node in enumerate(_attentions(graph)):
+        assert isinstance(node.op, GroupQueryAttention) and node.op.layout == "linear"
+        dtype, window = graph.types[node.inputs[3]].dtype, node.op.window
+        heads, rows, dim = map(int, graph.types[node.inputs[3]].shape[1:])
+        context, layout, table = max(context, rows), "linear", None
+        if page_size is not None:
+            rows, layout, table = (
+                -(-rows // page_size) * page_size,
+                "paged",
+                tables.setdefault(window, len(tables)),
             )
-    context = max(layer.capacity for layer in layers)
-    return KvPlan(context, 16, 0, None, sum(layer.bytes_per_token for layer in layers), tuple(layers))
+        size = 2 * row_bytes(dtype, heads, dim)
+        layers.append(KvLayer(index, layout, rows, window, heads, dim, dtype, size, None, table))  # type: ignore[arg-type]
+    return KvPlan(context, 16, 0, page_size, sum(layer.bytes_per_token for layer in layers), tuple(layers))
+
+
+def _in_pages(graph: Graph, plan: KvPlan) -> Graph:
+    """The same graph as it is scheduled for a target with pages."""
+    types = {value.name: value.type for value in graph.inputs}
+    nodes = {id(node): node for node in graph.nodes}
+    for node, layer in zip(_attentions(graph), plan.layers):
+        assert isinstance(node.op, GroupQueryAttention) and plan.page_size is not None
+        pages = TensorType(layer.dtype, ("pages", layer.heads, plan.page_size, layer.head_dim))
+        types |= dict.fromkeys(node.inputs[3:5], pages)
+        table = f"block_table.{layer.table}"
+        types[table] = TensorType(DType.I32, ("batch", plan.table_width))
+        inputs = (*node.inputs[:6], table, *node.inputs[6:])
+        nodes[id(node)] = Node(replace(node.op, layout="paged"), inputs, node.outputs)
+    values = tuple(Value(name, type_) for name, type_ in types.items())
+    return replace(graph, inputs=values, nodes=tuple(nodes.values()))
+
+
+def _attentions(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if isinstance(node.op, GroupQueryAttention)]

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 import pytest
 
+from rlxc.errors import UnsupportedError
+
 Build = Callable[..., Any]
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -24,8 +26,8 @@ graph attention
 input %q: f32[batch, seq, {q}]
 input %k: f32[batch, seq, {kv}]
 input %v: f32[batch, seq, {kv}]
-input %past.key: f32[batch, {heads}, {capacity}, {dim}]
-input %past.value: f32[batch, {heads}, {capacity}, {dim}]
+input %past.key: {dtype}[batch, {heads}, {capacity}, {dim}]
+input %past.value: {dtype}[batch, {heads}, {capacity}, {dim}]
 input %past_length: i32[]
 {weight}
 %y, %present.key, %present.value = GroupQueryAttention(%q, %k, %v, %past.key, %past.value, %past_length{factors}; {op})
@@ -35,23 +37,26 @@ output %present.value
 """
 
 
-def graph(capacity: int, op: str, *, kv_heads: int = KV_HEADS, factors: bool = False) -> str:
+def graph(
+    capacity: int, op: str, *, kv_heads: int = KV_HEADS, factors: bool = False, dtype: str = "f32"
+) -> str:
     return GRAPH.format(
         q=HEADS * DIM,
         kv=kv_heads * DIM,
         heads=kv_heads,
         dim=DIM,
         capacity=capacity,
+        dtype=dtype,
         weight=f"weight @factors: f32[{DIM // 2}]" if factors else "",
         factors=", @factors" if factors else "",
         op=f"heads={HEADS}, scale=0.3, {op}",
     )
 
 
-def in_place_steps(built: Any, capacity: int, kv_heads: int = KV_HEADS) -> list[Arrays]:
+def in_place_steps(built: Any, capacity: int, kv_heads: int, dtype: str) -> list[Arrays]:
     """Run all steps on the same two buffers, as an engine does; ``y`` and both caches after each."""
     session = built.open()
-    empty = np.zeros((1, kv_heads, capacity, DIM), np.float32)
+    empty = np.zeros((1, kv_heads, capacity, DIM), np.float16 if dtype == "f16" else np.float32)
     caches = {part: ort.OrtValue.ortvalue_from_numpy(empty.copy()) for part in ("key", "value")}
     results, past = [], 0
     for feeds in step_feeds(kv_heads):
@@ -72,7 +77,7 @@ def in_place_steps(built: Any, capacity: int, kv_heads: int = KV_HEADS) -> list[
     return results
 
 
-def interpreted_steps(built: Any, capacity: int, kv_heads: int = KV_HEADS) -> list[Arrays]:
+def interpreted_steps(built: Any, capacity: int, kv_heads: int) -> list[Arrays]:
     empty = np.zeros((1, kv_heads, capacity, DIM))
     caches: Arrays = {"key": empty, "value": empty}
     results, past = [], 0
@@ -117,18 +122,18 @@ ROPES = {
 }
 
 
-def assert_same_steps(built: Any, capacity: int, kv_heads: int = KV_HEADS) -> None:
-    results, expected = (
-        in_place_steps(built, capacity, kv_heads),
-        interpreted_steps(built, capacity, kv_heads),
-    )
+def assert_same_steps(
+    built: Any, capacity: int, kv_heads: int = KV_HEADS, dtype: str = "f32", atol: float = 1e-5
+) -> None:
+    """By default, for values near 1 in f32 with sums over at most 40 keys."""
+    results = in_place_steps(built, capacity, kv_heads, dtype)
+    expected = interpreted_steps(built, capacity, kv_heads)
     # Where a row of a ring lies is ONNX Runtime's affair: only what attention makes of them is compared.
     compared = ["y"] if capacity < sum(STEPS) else ["y", "key", "value"]
     for step, (result, wanted) in enumerate(zip(results, expected)):
         for name in compared:
-            # Values near 1 in f32, with sums over at most 40 keys.
             message = f"{name} of step {step}"
-            np.testing.assert_allclose(result[name], wanted[name], rtol=0, atol=1e-5, err_msg=message)
+            np.testing.assert_allclose(result[name], wanted[name], rtol=0, atol=atol, err_msg=message)
 
 
 def test_steps_pass_the_ring_more_than_once() -> None:
@@ -148,6 +153,33 @@ def test_any_grouping_of_heads_equals_the_interpreter(build: Build, layout: str,
     capacity, op = LAYOUTS[layout]
     built = build(graph(capacity, op + ROPES["neox"], kv_heads=kv_heads))
     assert_same_steps(built, capacity, kv_heads)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_CASES)
+@pytest.mark.parametrize("rope", ["no rope", "neox", "yarn"])
+def test_f16_caches_equal_the_interpreter(build: Build, layout: str, rope: str) -> None:
+    capacity, op = LAYOUTS[layout]
+    built = build(graph(capacity, op + ROPES[rope], dtype="f16"))
+    # The op computes in f16 too: q, k, v and rope's tables are right to 2**-11 of values up to 4, a score to about
+    # 0.3 * sqrt(16) * 2**-9, and the output to that share of values near 1.
+    assert_same_steps(built, capacity, dtype="f16", atol=4e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_types_that_the_op_does_not_take_are_refused(build: Build, dtype: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"%y: the ONNX backend has no caches of {dtype}"):
+        build(graph(48, "layout='linear'", dtype=dtype))
+
+
+def test_pages_are_refused(build: Build) -> None:
+    text = graph(16, "layout='paged'").replace(
+        "past_length: i32[]", "past_length: i32[]\ninput %table: i32[batch, 4]"
+    )
+    text = text.replace("batch, 2, 16, 16", "pages, 2, 16, 16").replace(
+        "%past_length;", "%past_length, %table;"
+    )
+    with pytest.raises(UnsupportedError, match="%y: the ONNX backend has no paged caches"):
+        build(text)
 
 
 def test_rope_factors_equal_the_interpreter(build: Build) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 import rlxc
 from rlxc.artifact import BackendName
-from rlxc.dtypes import DType
 
 # What tests share, with the scripts that make reference data too, lies beside them and in the folder above.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,17 +33,12 @@ def compile_exact(tmp_path_factory: pytest.TempPathFactory) -> CompileExact:
     made: dict[str, Path] = {}
 
     def compiled(model: Path, backend: BackendName, **options: Any) -> Path:
-        options = {"activations": "float32", **options}
+        options = {"activations": "float32", "kv_cache": "f32", "rollback": 0, **options}
         key = repr((model, backend, sorted(options.items())))
         if key not in made:
             path = folder / f"{len(made)}.rlx"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("rlxc.compiler.MAX_STEP", 16)
-                if backend == "tvm":
-                    from rlxc.backends.tvm import TvmBackend
-
-                    exact = replace(TvmBackend.features, cache_dtype=DType.F32)
-                    patch.setattr(TvmBackend, "features", exact)
                 rlxc.compile(model, path, backend=backend, **options)
             made[key] = path
         return made[key]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from rlxc.dtypes import DType
 from rlxc.errors import GraphError
 from rlxc.ir import RopeSpec, ops, parse
 from rlxc.ir.interp import evaluate, run
@@ -199,25 +200,125 @@ def test_ring_holds_exactly_a_window_and_a_step_less_one() -> None:
     assert rows.shape[2] == 5
 
 
+# The second sequence's pages are apart from the first's, but for the one that holds positions 8 to 15.
+TABLE = np.array([[5, 2, 7, 0], [1, 2, 4, 9]], np.int32)
+
+
+def test_paged_write_stores_a_row_in_the_page_of_its_position() -> None:
+    pool = np.zeros((10, 2, 8, 1))
+    new = np.arange(1.0, 13).reshape(2, 3, 2)
+    (written,) = evaluate(ops.KvWrite("paged"), [pool, new, past(15), TABLE[:, [0, 3, 2, 1]]])
+    # Positions 15, 16 and 17: the last row of entry 1 and the first two of entry 2.
+    expected = np.zeros_like(pool)
+    for sequence, (second, third) in enumerate([(0, 7), (9, 4)]):
+        for head in range(2):
+            expected[second, head, 7] = new[sequence, 0, head]
+            expected[third, head, :2, 0] = new[sequence, 1:, head]
+    np.testing.assert_array_equal(written, expected)
+    assert not pool.any()
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 20])
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 40])
+def test_paged_read_gives_what_the_step_sees_oldest_first(length: int, window: int | None) -> None:
+    pool = normal(10, 2, 8, 3)
+    (rows,) = evaluate(ops.KvRead("paged", window), [pool, np.zeros((2, 5, 6)), past(length), TABLE])
+    first = 0 if window is None else max(0, length + 1 - window)
+    assert rows.shape == (2, 2, length + 5 - first, 3)
+    for sequence in range(2):
+        for t, position in enumerate(range(first, length + 5)):
+            page = pool[TABLE[sequence, position // 8]]
+            np.testing.assert_array_equal(rows[sequence, :, t], page[:, position % 8])
+
+
+def test_pages_behind_the_window_need_no_entry() -> None:
+    table = np.array([[-1, 99, 3, 0]], np.int32)
+    pool = normal(4, 1, 8, 1)
+    (rows,) = evaluate(ops.KvRead("paged", 4), [pool, np.zeros((1, 1, 1)), past(19), table])
+    np.testing.assert_array_equal(rows[0, 0, :, 0], pool[3, 0, :4, 0])
+
+
+@pytest.mark.parametrize(
+    ("table", "length", "problem"),
+    [
+        ([[5, 2], [1, 4]], 14, "position 16 is beyond a table of 2 pages"),
+        ([[5, 2], [1, -1]], 8, "a block table names page -1 of 10"),
+        ([[5, 2], [10, 3]], 0, "a block table names page 10 of 10"),
+        ([[5, 2], [1, 2]], 8, "two sequences write to one row of a page"),
+        ([[5, 5], [1, 2]], 6, None),
+    ],
+)
+def test_paged_write_to_where_it_must_not_is_an_error(
+    table: list[list[int]], length: int, problem: str | None
+) -> None:
+    inputs = [np.zeros((10, 1, 8, 1)), np.zeros((2, 3, 1)), past(length), np.array(table, np.int32)]
+    if problem is None:  # a page twice in one table: its rows differ all the same
+        evaluate(ops.KvWrite("paged"), inputs)
+        return
+    with pytest.raises(GraphError, match=problem):
+        evaluate(ops.KvWrite("paged"), inputs)
+
+
+HALVES = {
+    DType.F32: ([1 / 3, 1e-9], [1 / 3, 1e-9]),
+    # f16 has steps of 2 from 2048 on, and of 2^-24 below 2^-14.
+    DType.F16: ([2049.0, 2051.0, 2.0**-25, 3 * 2.0**-25], [2048.0, 2052.0, 0.0, 2.0**-23]),
+    # bf16 has 8 significant bits: steps of 2 from 256 on.
+    DType.BF16: ([257.0, 259.0, -257.0, 258.0, 2.0**99], [256.0, 260.0, -256.0, 258.0, 2.0**99]),
+    # The largest of a row becomes 127: steps of 2 here.
+    DType.INT8: ([254.0, 1.0, 3.0, -5.0, -254.0, 100.9], [254.0, 0.0, 4.0, -4.0, -254.0, 100.0]),
+}
+"""Numbers, and what is left of them in a cache of each type; halves go to even ones."""
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rows_are_rounded_as_they_are_stored(dtype: DType) -> None:
+    given, kept = map(np.array, HALVES[dtype])
+    size = len(given)
+    new = np.concatenate([given, 2 * given])[None, None]  # two heads: their scales are apart
+    (written,) = evaluate(ops.KvWrite("linear"), [np.zeros((1, 2, 1, size)), new, past(0)], dtype)
+    np.testing.assert_array_equal(written[0, 0, 0], kept)
+    if dtype is DType.INT8:
+        np.testing.assert_array_equal(written[0, 1, 0], 2 * kept)
+
+
+def test_scale_of_codes_is_f32() -> None:
+    (written,) = evaluate(
+        ops.KvWrite("linear"), [np.zeros((1, 1, 1, 1)), np.ones((1, 1, 1)), past(0)], DType.INT8
+    )
+    assert written.item() == 127 * float(np.float32(1 / 127)) != 1.0
+
+
+def test_row_of_zeros_has_codes_of_zero() -> None:
+    (written,) = evaluate(
+        ops.KvWrite("linear"), [np.ones((1, 1, 1, 2)), np.zeros((1, 1, 2)), past(0)], DType.INT8
+    )
+    assert written.ravel().tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("length", [0, 3, 9, 25])
-@pytest.mark.parametrize(("layout", "capacity"), [("linear", 32), ("ring", 7)])
-def test_fused_attention_equals_its_parts(length: int, layout: str, capacity: int) -> None:
+@pytest.mark.parametrize(("layout", "capacity"), [("linear", 32), ("ring", 7), ("paged", 8)])
+def test_fused_attention_equals_its_parts(length: int, layout: str, capacity: int, dtype: DType) -> None:
     spec, window, factors = RopeSpec(100.0, 4), 5, np.array([1.0, 2.0])
+    table = [np.array([[5, 2, 7, 0], [1, 8, 4, 9]])] if layout == "paged" else []
+    count = 10 if table else 2
     q, k, v = normal(2, 3, 16), normal(2, 3, 8, seed=1), normal(2, 3, 8, seed=2)
-    key_cache, value_cache = normal(2, 2, capacity, 4, seed=3), normal(2, 2, capacity, 4, seed=4)
+    key_cache, value_cache = normal(count, 2, capacity, 4, seed=3), normal(count, 2, capacity, 4, seed=4)
     found = evaluate(
         ops.GroupQueryAttention(4, 0.5, layout, window, spec),
-        [q, k, v, key_cache, value_cache, past(length), factors],
+        [q, k, v, key_cache, value_cache, past(length), *table, factors],
+        dtype,
     )
 
     (positions,) = evaluate(ops.Positions(), [np.zeros((2, 3), np.int64), past(length)])
     (q,) = evaluate(ops.Rope(4, spec), [q, positions, factors])
     (k,) = evaluate(ops.Rope(2, spec), [k, positions, factors])
-    (key_cache,) = evaluate(ops.KvWrite(layout), [key_cache, k, past(length)])
-    (value_cache,) = evaluate(ops.KvWrite(layout), [value_cache, v, past(length)])
-    read = ops.KvRead(layout, window if layout == "ring" else None)
-    (keys,) = evaluate(read, [key_cache, k, past(length)])
-    (values,) = evaluate(read, [value_cache, v, past(length)])
+    (key_cache,) = evaluate(ops.KvWrite(layout), [key_cache, k, past(length), *table], dtype)
+    (value_cache,) = evaluate(ops.KvWrite(layout), [value_cache, v, past(length), *table], dtype)
+    read = ops.KvRead(layout, None if layout == "linear" else window)
+    (keys,) = evaluate(read, [key_cache, k, past(length), *table])
+    (values,) = evaluate(read, [value_cache, v, past(length), *table])
     (out,) = evaluate(ops.Attention(4, 0.5, window), [q, keys, values])
     for one, other in zip(found, (out, key_cache, value_cache)):
         assert_close(one, other)
@@ -337,6 +438,24 @@ def test_ranks_of_zeros_change_nothing() -> None:
         u, b = np.zeros((1, 2, 1, rank)), normal(1, 5, rank, seed=2)
         (y,) = evaluate(ops.LoraMatMul((5,)), [x, weight, u, b])
         np.testing.assert_array_equal(y, x @ weight.T)
+
+
+def test_a_graph_s_caches_round_as_their_type_says() -> None:
+    graph = parse(
+        """
+        graph g
+        input %cache: bf16[1, 1, 4, 2]
+        input %x: f32[1, 1, 2]
+        input %past: i32[]
+        %present = KvWrite(%cache, %x, %past; layout='linear')
+        %a, %keys, %values = GroupQueryAttention(%x, %x, %x, %cache, %cache, %past; heads=1, scale=1.0, layout='linear')
+        output %present
+        output %a
+        """
+    )
+    feeds = {"cache": np.zeros((1, 1, 4, 2)), "x": np.array([[[257.0, 1.0]]]), "past": past(0)}
+    results = run(graph, feeds, lambda name: np.zeros(1, np.float32))
+    assert results["present"][0, 0, 0].tolist() == results["a"].ravel().tolist() == [256.0, 1.0]
 
 
 def test_missing_input_is_an_error() -> None:

@@ -25,6 +25,7 @@ def types(text: str) -> tuple[TensorType, ...]:
 X = "f32[B, S, 8]"
 CACHE = "f32[B, 2, past, 4]"
 BUFFER = "f32[B, 2, 64, 4]"
+PAGES = "int8[pages, 2, 16, 4]"
 U = "f32[B, S, 3, R]"
 
 ACCEPTED = [
@@ -71,6 +72,10 @@ ACCEPTED = [
     (ops.KvAppend(), "f32[1, 2, 3, 4] f32[1, 5, 8]", "f32[1, 2, 8, 4]"),
     (ops.KvWrite("linear"), f"{BUFFER} {X} i32[]", BUFFER),
     (ops.KvWrite("ring"), f"{BUFFER} {X} i32[]", BUFFER),
+    (ops.KvWrite("linear"), f"bf16[B, 2, 64, 4] {X} i32[]", "bf16[B, 2, 64, 4]"),
+    (ops.KvWrite("paged"), f"{PAGES} {X} i32[] i32[B, entries]", PAGES),
+    (ops.KvRead("paged"), f"{PAGES} {X} i32[] i32[B, 4]", "f32[B, 2, visible, 4]"),
+    (ops.KvRead("paged", 16), f"f16[9, 2, 16, 4] {X} i32[] i32[B, 4]", "f32[B, 2, visible, 4]"),
     (ops.KvRead("linear"), f"{BUFFER} {X} i32[]", "f32[B, 2, visible, 4]"),
     (ops.KvRead("ring", 16), f"{BUFFER} {X} i32[]", "f32[B, 2, visible, 4]"),
     (ops.Attention(4, 0.5), "f32[B, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4]", "f32[B, S, 16]"),
@@ -83,6 +88,16 @@ ACCEPTED = [
         ops.GroupQueryAttention(4, 0.5, "ring", window=16),
         f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[]",
         f"f32[B, S, 16] {BUFFER} {BUFFER}",
+    ),
+    (
+        ops.GroupQueryAttention(4, 0.5, "paged"),
+        f"f32[B, S, 16] {X} {X} {PAGES} {PAGES} i32[] i32[B, 8]",
+        f"f32[B, S, 16] {PAGES} {PAGES}",
+    ),
+    (
+        ops.GroupQueryAttention(4, 0.5, "paged", window=16, rope=ROPE),
+        f"f32[B, S, 16] {X} {X} {PAGES} {PAGES} i32[] i32[B, 8] f32[2]",
+        f"f32[B, S, 16] {PAGES} {PAGES}",
     ),
 ]
 
@@ -170,7 +185,18 @@ REFUSED = {
     "a cache of rank 3": (ops.KvAppend(), f"f32[B, past, 8] {X}"),
     "a cache of bf16": (ops.KvAppend(), f"bf16[B, 2, past, 4] {X}"),
     "a cache with a symbolic head dim": (ops.KvAppend(), f"f32[B, 2, past, D] {X}"),
-    "unknown layout": (ops.KvWrite("paged"), f"{BUFFER} {X} i32[]"),
+    "a cache of packed weights": (ops.KvWrite("linear"), f"q8_0[B, 2, 64, 4] {X} i32[]"),
+    "a growing cache in f16": (ops.KvAppend(), f"f16[B, 2, past, 4] {X}"),
+    "keys as they are stored": (ops.Attention(4, 0.5), "f32[B, S, 16] f16[B, 2, T, 4] f16[B, 2, T, 4]"),
+    "unknown layout": (ops.KvWrite("spiral"), f"{BUFFER} {X} i32[]"),
+    "pages without a table": (ops.KvWrite("paged"), f"{PAGES} {X} i32[]"),
+    "pages with a table of i64": (ops.KvWrite("paged"), f"{PAGES} {X} i32[] i64[B, 4]"),
+    "pages with a table of one sequence": (ops.KvRead("paged"), f"{PAGES} {X} i32[] i32[4]"),
+    "pages with a table of another batch": (ops.KvRead("paged"), f"{PAGES} {X} i32[] i32[C, 4]"),
+    "pages of unknown size": (ops.KvWrite("paged"), f"f32[pages, 2, P, 4] {X} i32[] i32[B, 4]"),
+    "rows of another size than the pages'": (ops.KvWrite("paged"), f"{PAGES} f32[B, S, 4] i32[] i32[B, 4]"),
+    "rows without a batch for pages": (ops.KvWrite("paged"), f"{PAGES} f32[] i32[] i32[B, 4]"),
+    "a linear cache with a table": (ops.KvWrite("linear"), f"{BUFFER} {X} i32[] i32[B, 4]"),
     "writing without a length": (ops.KvWrite("linear"), f"{BUFFER} {X} i64[]"),
     "a ring read whole": (ops.KvRead("ring"), f"{BUFFER} {X} i32[]"),
     "a linear cache read by window": (ops.KvRead("linear", 16), f"{BUFFER} {X} i32[]"),
@@ -198,6 +224,18 @@ REFUSED = {
     "fused: factors of another size": (
         ops.GroupQueryAttention(4, 0.5, "linear", rope=ROPE),
         f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[4]",
+    ),
+    "fused: pages without a table": (
+        ops.GroupQueryAttention(4, 0.5, "paged", rope=ROPE),
+        f"f32[B, S, 16] {X} {X} {PAGES} {PAGES} i32[] f32[2]",
+    ),
+    "fused: a ring with a table": (
+        ops.GroupQueryAttention(4, 0.5, "ring", window=16, rope=ROPE),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] i32[B, 8]",
+    ),
+    "fused: two inputs of factors": (
+        ops.GroupQueryAttention(4, 0.5, "linear", rope=ROPE),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[2] f32[2]",
     ),
     "fused: rotating more than a head": (
         ops.GroupQueryAttention(4, 0.5, "linear", rope=RopeSpec(10000.0, 8)),

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import rlxc
 from rlxc.artifact import BackendName
-from rlxc.dtypes import DType
 from rlxc.weights.gguf import open_gguf
 
 # What the tests share lies beside them; the script that makes the reference data uses it too, without pytest.
@@ -52,11 +51,9 @@ def compile_tiny(
         path = folder / f"{backend}-{name}-{activations}-{max_step}.rlx"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rlxc.compiler.MAX_STEP", max_step)
-            if backend == "tvm" and activations == "float32":
-                from rlxc.backends.tvm import TvmBackend
-
-                patch.setattr(TvmBackend, "features", replace(TvmBackend.features, cache_dtype=DType.F32))
-            rlxc.compile(tiny_gguf(name), path, backend=backend, activations=activations)
+            options: Any = {"activations": activations, "rollback": 8}
+            options["kv_cache"] = "f32" if activations == "float32" else "auto"
+            rlxc.compile(tiny_gguf(name), path, backend=backend, **options)
         return path
 
     return cache(compiled)

@@ -17,9 +17,9 @@ from rlxc.ir.ops import Attention
 Open = Callable[[str], OpenModel]
 Compile = Callable[..., Path]
 
-LONG = [1, *np.random.RandomState(1).randint(3, VOCAB, 73).tolist()]
-CHUNKS = [5, 1, 7, 1, 1, 13, 1, 1, 1, 11, 1, 17, 1, 13]
-"""Odd steps and single ones, one longer than the engine takes at once; together they fill a ring of 32 twice."""
+CHUNKS = [5, 1, 7, 1, 1, 13, 1, 1, 1, 11, 1, 17, 1, 13, 1, 40, 1, 1, 23]
+"""Odd steps and single ones, some longer than the engine takes at once; together they fill two pages of 64."""
+LONG = [1, *np.random.RandomState(1).randint(3, VOCAB, sum(CHUNKS) - 1).tolist()]
 
 
 def test_result_shapes(variant: str, open_tiny: Open) -> None:
@@ -56,11 +56,15 @@ def test_interpreted_steps_equal_one_pass(variant: str, open_tiny: Open) -> None
 
 
 @pytest.mark.needs_ring
-def test_steps_go_around_the_rings(tiny_artifact: Compile) -> None:
+def test_steps_go_around_the_rings_and_leave_pages_behind(tiny_artifact: Compile) -> None:
     plan = Artifact.open(tiny_artifact("gemma3-window", "float32")).manifest.kv_cache
-    rings = [layer.capacity for layer in plan.layers if layer.layout == "ring"]
-    assert len(rings) == 6
-    assert 2 * max(rings) < sum(CHUNKS)
+    windowed = [layer for layer in plan.layers if layer.window is not None]
+    assert len(windowed) == 6
+    for layer in windowed:
+        if plan.page_size is None:
+            assert layer.layout == "ring" and 2 * layer.capacity < sum(CHUNKS)
+        else:
+            assert sum(CHUNKS) - plan.rollback - 8 > plan.page_size
     assert max(CHUNKS) > plan.max_step
 
 

@@ -149,7 +149,7 @@ def same_logits_in_steps() -> Callable[[Graph, Graph, Sequence[int]], None]:
     """``same_logits_in_steps(functional, scheduled, sizes)``: logits in steps of these sizes equal those of one pass.
 
     Outputs are ``logits`` for all rows and caches named as models name them. Buffers start as NaN, so that a row
-    which was never written cannot be read unnoticed.
+    which was never written cannot be read unnoticed, and block tables name pages in a random order.
     """
 
     def check(functional: Graph, scheduled: Graph, sizes: Sequence[int]) -> None:
@@ -160,8 +160,9 @@ def same_logits_in_steps() -> Callable[[Graph, Graph, Sequence[int]], None]:
             functional, {**_caches(functional, 0.0), **_step(ids, 0, total)}, data.__getitem__
         )["logits"]
         caches, past, found = _caches(scheduled, np.nan), 0, []
+        tables = random_tables(scheduled)
         for size in sizes:
-            results = interp.run(scheduled, {**caches, **_step(ids, past, size)}, data.__getitem__)
+            results = interp.run(scheduled, {**caches, **tables, **_step(ids, past, size)}, data.__getitem__)
             found.append(results["logits"])
             caches = {name: results[name.replace("past_key_values", "present")] for name in caches}
             past += size
@@ -170,8 +171,24 @@ def same_logits_in_steps() -> Callable[[Graph, Graph, Sequence[int]], None]:
     return check
 
 
+PAGES = 64
+"""Pages of a pool, more than any table lists."""
+
+
+def random_tables(graph: Graph, seed: int = 0) -> Arrays:
+    """Block tables of pages in a random order, none of them twice."""
+    rng = np.random.default_rng(seed)
+    tables: Arrays = {}
+    for value in graph.inputs:
+        if value.name.startswith("block_table."):
+            entries = int(value.type.shape[1])
+            pages = rng.permutation(PAGES)[: DIMS["batch"] * entries]
+            tables[value.name] = pages.reshape(DIMS["batch"], entries).astype(np.int32)
+    return tables
+
+
 def _caches(graph: Graph, fill: float) -> Arrays:
-    lengths: Mapping[int | str, int] = {"past": 0, "batch": DIMS["batch"]}
+    lengths: Mapping[int | str, int] = {"past": 0, "batch": DIMS["batch"], "pages": PAGES}
     return {
         value.name: np.full([lengths.get(dim, dim) for dim in value.type.shape], fill)
         for value in graph.inputs

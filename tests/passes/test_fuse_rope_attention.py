@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -87,6 +88,19 @@ CASES = {
     "no rope": (head() + cached("%x", "%k") + OUTPUTS, head() + fused("%x", "%k") + OUTPUTS),
 }
 
+
+def paged(text: str) -> str:
+    """The same with caches in pages of 4, and a table of 5 of them."""
+    text = re.sub(r"f32\[batch, 1, \d+, 4\]", "f32[pages, 1, 4, 4]", text)
+    text = re.sub(r"%past_length(?=[;,])", "%past_length, %block_table.0", text)
+    text = re.sub(r"layout='(linear|ring)'", "layout='paged'", text)
+    return text.replace(
+        "input %past_length: i32[]", "input %past_length: i32[]\ninput %block_table.0: i32[batch, 5]"
+    )
+
+
+CASES |= {f"{name}, in pages": (paged(before), paged(after)) for name, (before, after) in CASES.items()}
+
 STEPS = (3, 1, 1, 2, 4, 1, 1, 1, 4, 1, 1)
 """Sizes of steps that fill a context of 20, over the end of a ring of 7 and around it."""
 
@@ -124,6 +138,12 @@ LEFT_ALONE = {
         "%values = KvRead(%present.0.value, %v, %past_length; layout='ring', window=3)",
     )
     + OUTPUTS,
+    "caches are laid out differently": paged(LINEAR).replace(
+        "%v, %past_length, %block_table.0", "%v, %past_length, %block_table.1"
+    )
+    + "input %block_table.1: i32[batch, 5]",
+    "it reads is also read elsewhere": LINEAR
+    + "%more = Attention(%x, %keys, %values; heads=2, scale=0.5)\noutput %more",
     "are laid out differently": LINEAR.replace("%v, %past_length", "%v, %other") + "input %other: i32[]",
     "differently": head(7)
     + ROPE
@@ -136,6 +156,8 @@ def functional(text: str) -> Graph:
     """The same attention over caches that grow."""
     text = (
         text.replace("input %past_length: i32[]\n", "")
+        .replace("input %block_table.0: i32[batch, 5]\n", "")
+        .replace("f32[pages, 1, 4, 4]", "f32[batch, 1, past, 4]")
         .replace(", 20, 4]", ", past, 4]")
         .replace(", 7, 4]", ", past, 4]")
     )

@@ -34,7 +34,7 @@ ORDER = [
 SMALL = "graph small\ninput %x: f32[4]\n%a = Silu(%x)\n%b = Silu(%x)\n%y = Add(%a, %b)\noutput %y"
 
 STEPS = (3, 1, 1, 2, 4, 1, 4, 1, 3)
-"""Sizes of steps that fill a context of 20: beyond the window of 6 and around the ring of 10."""
+"""Sizes of steps that fill a context of 20: beyond the window of 6 and around the ring of 12."""
 
 ModelGraph = Callable[..., Graph]
 
@@ -77,7 +77,9 @@ class StatesFact(Pass):
 
 
 def pipeline(features: TargetFeatures) -> list[Pass]:
-    return default_passes(features, context=20, max_step=4, changes=WeightChanges())
+    return default_passes(
+        features, context=20, max_step=4, rollback=2, cache_dtype=None, changes=WeightChanges()
+    )
 
 
 @pytest.mark.parametrize("with_everything", [True, False])
@@ -182,6 +184,58 @@ def test_logits_in_steps_equal_one_pass_of_the_model(
 
 
 @pytest.mark.parametrize(("architecture", "options"), MODELS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_logits_in_steps_over_pages_equal_one_pass_of_the_model(
+    fused: bool,
+    architecture: str,
+    options: dict[str, bool],
+    features: TargetFeatures,
+    model_graph: ModelGraph,
+    same_logits_in_steps: Callable[..., None],
+) -> None:
+    graph = model_graph(architecture, 7, **options)
+    paged = replace(features if fused else TargetFeatures(), page_size=4)
+    same_logits_in_steps(graph, run_passes(graph, pipeline(paged)).graph, STEPS)
+
+
+def with_shared_caches(graph: Graph, reader: int, owner: int) -> Graph:
+    """The model with a layer that reads the keys and values of an earlier one instead of its own."""
+    gone = {f"{name}.{reader}.{side}" for name in ("past_key_values", "present") for side in ("key", "value")}
+    nodes = []
+    for node in graph.nodes:
+        names = {name: name.replace(f".{reader}.", f".{owner}.") for name in gone}
+        if gone.isdisjoint(node.outputs):
+            nodes.append(Node(node.op, tuple(names.get(name, name) for name in node.inputs), node.outputs))
+    return replace(
+        graph,
+        inputs=tuple(value for value in graph.inputs if value.name not in gone),
+        outputs=tuple(name for name in graph.outputs if name not in gone),
+        nodes=tuple(nodes),
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reader", "owner"), [("llama", 1, 0), ("llama", 2, 0), ("gemma3", 6, 0)]
+)
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_layers_that_share_caches_keep_their_logits(
+    page_size: int | None,
+    architecture: str,
+    reader: int,
+    owner: int,
+    features: TargetFeatures,
+    model_graph: ModelGraph,
+    same_logits_in_steps: Callable[..., None],
+) -> None:
+    graph = with_shared_caches(model_graph(architecture, 7), reader, owner)
+    result = run_passes(graph, pipeline(replace(features, page_size=page_size)))
+    assert [layer["shares"] for layer in result.facts["kv_cache"]["layers"]].count(owner) == 1
+    # The sharing layer's own keys and values have no use any more.
+    assert not [node for node in result.graph.nodes if f"layers.{reader}.k_rope" in node.outputs]
+    same_logits_in_steps(graph, result.graph, STEPS)
+
+
+@pytest.mark.parametrize(("architecture", "options"), MODELS)
 def test_logits_for_a_target_without_fused_ops_are_the_same(
     architecture: str,
     options: dict[str, bool],
@@ -193,9 +247,15 @@ def test_logits_for_a_target_without_fused_ops_are_the_same(
 
 
 @pytest.mark.parametrize(("architecture", "options"), MODELS)
+@pytest.mark.parametrize("page_size", [None, 4])
 def test_graph_that_went_through_goes_through_unchanged(
-    architecture: str, options: dict[str, bool], features: TargetFeatures, model_graph: ModelGraph
+    page_size: int | None,
+    architecture: str,
+    options: dict[str, bool],
+    features: TargetFeatures,
+    model_graph: ModelGraph,
 ) -> None:
+    features = replace(features, page_size=page_size)
     once = run_passes(model_graph(architecture, 7, **options), pipeline(features)).graph
     assert run_passes(once, pipeline(features)).graph == once
 

@@ -36,6 +36,7 @@ from rlxc.dtypes import DType
 from rlxc.passes import LoraMode
 from rlxc.runtime import Session
 from rlxc.runtime.engines import KvRows, Mix, Pairs
+from rlxc.runtime.loaded import Loaded
 from rlxc.runtime.logits import StepLogits
 from rlxc.runtime.tokenizer import Tokenizer
 
@@ -270,15 +271,17 @@ def open_session(make_artifact: Callable[..., Artifact]) -> Iterator[Callable[..
     """Opens a session on an engine and an artifact; all sessions are closed afterwards."""
     opened: list[Session] = []
 
-    def open_it(engine: Any = None, artifact: Artifact | None = None) -> Session:
+    def open_it(engine: Any = None, artifact: Artifact | None = None, prefix_cache: int = 0) -> Session:
         artifact = artifact or make_artifact(f"{len(opened)}.rlx")
         path = artifact.file("tokenizer.json")
-        session = Session(
+        loaded = Loaded(
             artifact,
             engine or FakeEngine(),
             artifact.start_verification(),
             lambda: Tokenizer(path, bos_id=BOS, eos_ids=(EOS,)),
+            prefix_cache,
         )
+        session = Session(loaded)
         opened.append(session)
         return session
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rlxc.errors import OptionError, SessionError
 from rlxc.runtime.logits import Logits
-from rlxc.runtime.sampling import Choice, Sampler, SamplingOptions, _pick
+from rlxc.runtime.sampling import Choice, Distribution, Sampler, SamplingOptions, _pick
 
 Floats = NDArray[np.float32]
 
@@ -196,6 +196,79 @@ class TestDistribution:
         assert {drawing.sample(logits).id for _ in range(200)} == {1, 2, 4}
 
 
+def distribution_of(values: dict[int, float], size: int | None = None) -> Distribution:
+    """From probabilities by id; with a size, over a whole vocabulary."""
+    if size is None:
+        return Distribution(np.array(list(values), np.int64), np.array(list(values.values())) * 3)
+    weights = np.zeros(size, np.float32)
+    weights[list(values)] = list(values.values())
+    return Distribution(None, weights)
+
+
+def as_dict(found: Distribution) -> dict[int, float]:
+    ids = range(len(found.weights)) if found.ids is None else found.ids.tolist()
+    return {i: float(share) for i, share in zip(ids, found.probabilities, strict=True) if share}
+
+
+class TestSparseDistribution:
+    """What speculative decoding compares with the drafter's distribution."""
+
+    @given(options=option_sets, seed=st.integers(0, 10_000), size=st.sampled_from([1, 2, 40, 700]))
+    def test_it_is_that_of_the_definition(self, options: dict[str, Any], seed: int, size: int) -> None:
+        logits, history = logits_of(size, seed), [seed % size, (seed * 7) % size]
+        found = Sampler(SamplingOptions(**options)).distribution(Logits.of(logits), history)
+        expected = distribution(logits, SamplingOptions(**options), history)
+        assert set(as_dict(found)) <= set(expected)
+        # Exponentials are float32, and errors of some 1e-7 in the penalised logits grow with 1 / temperature.
+        for i in range(size):
+            assert found.probability(i) == pytest.approx(expected.get(i, 0.0), abs=3e-6)
+
+    @pytest.mark.parametrize(
+        "options", [{"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.5}], ids=str
+    )
+    def test_sample_draws_from_it(self, options: dict[str, Any]) -> None:
+        logits = Logits.of(logits_of(5000))
+        options = {"temperature": 1.0, "seed": 1, **options}
+        one, two = Sampler(SamplingOptions(**options)), Sampler(SamplingOptions(**options))
+        for _ in range(20):
+            assert one.sample(logits).id == two.draw(two.distribution(logits))
+
+    @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_k": 1}], ids=["zero", "top-1"])
+    def test_greedy_is_certain(self, options: dict[str, Any]) -> None:
+        logits = logits_of()
+        found = Sampler(SamplingOptions(**options)).distribution(Logits.of(logits))
+        assert as_dict(found) == {int(logits.argmax()): 1.0}
+
+    def test_logits_that_are_not_numbers_have_none(self) -> None:
+        with pytest.raises(SessionError, match="no finite maximum"):
+            Sampler(SamplingOptions()).distribution(Logits.of(np.full(4, np.nan, np.float32)))
+
+    @given(
+        p=st.dictionaries(st.integers(0, 6), st.floats(0.01, 1), min_size=1),
+        q=st.dictionaries(st.integers(0, 6), st.floats(0.01, 1), min_size=1),
+        sizes=st.sampled_from([(None, None), (7, None), (None, 7), (7, 7)]),
+    )
+    def test_excess_is_where_one_is_larger_than_the_other(
+        self, p: dict[int, float], q: dict[int, float], sizes: tuple[int | None, int | None]
+    ) -> None:
+        p = {i: share / sum(p.values()) for i, share in p.items()}
+        q = {i: share / sum(q.values()) for i, share in q.items()}
+        excess = {i: max(0.0, share - q.get(i, 0.0)) for i, share in p.items()}
+        total = sum(excess.values())
+        found = as_dict(distribution_of(p, sizes[0]).excess(distribution_of(q, sizes[1])))
+        if total < 1e-5:  # they are equal: what is left is rounding
+            assert set(found) <= set(p)
+            return
+        for i in range(7):
+            # Weights over a whole vocabulary are float32 here: differences of them are good to 1e-7.
+            assert found.get(i, 0.0) == pytest.approx(excess.get(i, 0.0) / total, abs=2e-7 / total)
+
+    def test_no_excess_is_the_distribution_itself(self) -> None:
+        p = distribution_of({1: 0.25, 2: 0.75})
+        assert p.excess(distribution_of({2: 0.75, 1: 0.25})) is p
+        assert Distribution.certain(3).excess(Distribution.certain(3)).draw(0.5) == 3
+
+
 class TestSeed:
     @pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}], ids=str)
     def test_the_same_seed_draws_the_same_tokens(self, options: dict[str, Any]) -> None:
@@ -207,6 +280,16 @@ class TestSeed:
         logits = logits_of(5000)
         one, two = sampler(temperature=1.0, seed=1), sampler(temperature=1.0, seed=2)
         assert [one.sample(logits).id for _ in range(20)] != [two.sample(logits).id for _ in range(20)]
+
+    def test_streams_of_a_seed_are_independent(self) -> None:
+        options = SamplingOptions(temperature=1.0, seed=5)
+        one, two, again = (
+            np.array([sampler.uniform() for _ in range(2000)])
+            for sampler in (Sampler(options), Sampler(options, stream=1), Sampler(options, stream=1))
+        )
+        assert (two == again).all()
+        # The correlation of 2000 independent pairs has a standard deviation of 1 / sqrt(2000) = 0.022.
+        assert abs(np.corrcoef(one, two)[0, 1]) < 0.1
 
 
 class TestRefusals:

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlxc.errors import OptionError, SessionError
+from rlxc.errors import ContextError, OptionError, SessionError
 from rlxc.runtime import Session
+from rlxc.runtime.sampling import Choice
+from rlxc.runtime.stream import GrowingText, Stream
+from rlxc.runtime.tokenizer import StopMatcher, TextStream
 
 BOS, EOS, FIRST_BYTE, CONTEXT = 0, 1, 2, 40  # of the tiny vocabulary and the fake engine
 PROMPT = [BOS, 3, 4]
@@ -242,3 +245,203 @@ def test_prefill_time_and_decode_time_are_told_apart(session_writing: Write) -> 
     assert one.prefill_seconds > 0
     assert one.decode_seconds == 0
     assert many.decode_seconds > 0
+
+
+# Several tokens at once, as speculative decoding chooses them.
+
+
+class Source:
+    """A stream of tokens that come in groups, and what it is told of those that it does not want."""
+
+    def __init__(self, session: Session, groups: Sequence[Sequence[int]], **options: Any) -> None:
+        given = {"prompt_tokens": 3, "context": CONTEXT, "max_tokens": 100, "stop": (), **options}
+        self.text = GrowingText(
+            text=TextStream(session.tokenizer, continuation=True),
+            stops=StopMatcher(given.pop("stop")),
+            eos_ids=(EOS,),
+            **given,
+        )
+        self.groups = [[Choice(id, -0.5) for id in group] for group in groups]
+        self.asked: list[int] = []
+        self.left: list[int] = []
+
+    def choose(self, last: int) -> list[Choice]:
+        self.asked.append(last)
+        return self.groups.pop(0)
+
+    def stream(self) -> Stream:
+        return Stream(
+            self.text, start=lambda: self.groups.pop(0)[0], choose=self.choose, leave=self.left.append
+        )
+
+
+def test_tokens_that_come_together_are_pieces_of_their_own(session: Session) -> None:
+    source = Source(session, [tokens("a"), tokens("bcd"), tokens("e"), [*tokens("f"), EOS]])
+    stream = source.stream()
+    assert [piece.text for piece in stream] == ["a", "b", "c", "d", "e", "f", ""]
+    assert source.asked == tokens("ade")
+    assert source.left == []
+    assert stream.completion().ids == [*tokens("abcdef"), EOS]
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "text", "reason", "left"),
+    [
+        (["a", [*tokens("bc"), EOS, *tokens("de")]], {}, "abc", "eos", 2),
+        (["a", "bcd.ef"], {"stop": ["d."]}, "abc", "stop", 2),
+        (["a", "bcdef"], {"max_tokens": 3}, "abc", "length", 3),
+        (["a", "bcdef"], {"context": 5}, "abc", "context", 3),
+        (["a", "bc"], {"max_tokens": 3}, "abc", "length", 0),
+    ],
+    ids=["eos", "stop", "length", "context", "nothing is left"],
+)
+def test_tokens_after_the_end_are_left(
+    session: Session, groups: list[Any], options: dict[str, Any], text: str, reason: str, left: int
+) -> None:
+    source = Source(session, [tokens(g) if isinstance(g, str) else g for g in groups], **options)
+    stream = source.stream()
+    assert len(list(stream)) == sum(map(len, groups)) - left
+    assert source.left == ([left] if left else [])
+    completion = stream.completion()
+    assert (completion.text, completion.stop_reason) == (text, reason)
+    assert source.left == ([left] if left else [])  # once only
+
+
+def test_tokens_are_left_before_the_last_piece_is_given_out(session: Session) -> None:
+    source = Source(session, [tokens("a"), tokens("bcd")], max_tokens=2)
+    stream = source.stream()
+    next(stream)
+    assert (next(stream).text, source.left) == ("b", [2])
+
+
+@pytest.mark.parametrize("way", ["close", "with", "break"])
+def test_tokens_that_the_reader_has_not_seen_are_left(session: Session, way: str) -> None:
+    source = Source(session, [tokens("a"), tokens("bcde")])
+    if way == "break":
+        for piece in source.stream():
+            if piece.text == "b":
+                break
+    else:
+        stream = source.stream()
+        assert [next(stream).text for _ in range(2)] == ["a", "b"]
+        if way == "close":
+            stream.close()
+        else:
+            with stream:
+                pass
+        assert stream.completion().text == "ab"
+    assert source.left == [3]
+    assert source.text.completion(0, 0).stop_reason == "closed"
+
+
+def test_error_leaves_the_tokens_after_it_and_ends_the_stream(session: Session) -> None:
+    source = Source(session, [tokens("a"), [*tokens("b"), 999, *tokens("cd")]])
+    stream = source.stream()
+    assert [next(stream).text for _ in range(2)] == ["a", "b"]
+    with pytest.raises(SessionError, match="token 999 is outside the vocabulary"):
+        next(stream)
+    assert source.left == [2]
+    assert stream.completion().text == "ab"
+
+
+# The end of the context, of the time, and of patience.
+
+
+def test_full_context_may_be_an_error_that_loses_nothing(session: Session) -> None:
+    source = Source(session, [tokens(c) for c in "abcdef"], context=5, on_full="error")
+    stream = source.stream()
+    # The last of them needs no place: nothing follows it.
+    assert [next(stream).text for _ in range(3)] == ["a", "b", "c"]
+    with pytest.raises(ContextError, match=r"3 tokens of the prompt and 3 of the text fill the context of 5"):
+        next(stream)
+    assert source.asked == tokens("ab")
+    completion = stream.completion()
+    assert (completion.text, completion.stop_reason) == ("abc", "closed")
+
+
+@pytest.mark.parametrize(("ending", "reason"), [("max_tokens", "length"), ("eos", "eos")])
+def test_text_that_ends_where_the_context_does_is_no_error(
+    session: Session, ending: str, reason: str
+) -> None:
+    groups = [tokens("a"), tokens("b"), [EOS] if ending == "eos" else tokens("c")]
+    limit = 3 if ending == "max_tokens" else 100
+    source = Source(session, groups, context=5, on_full="error", max_tokens=limit)
+    assert source.stream().completion().stop_reason == reason
+
+
+@pytest.mark.parametrize("on_full", ["stopp", None, True])
+def test_other_behaviour_at_the_end_of_the_context_is_refused(session: Session, on_full: Any) -> None:
+    with pytest.raises(OptionError, match=r"on_full is .*'stop' or 'error'"):
+        Source(session, [], on_full=on_full)
+
+
+def test_remaining_tokens_are_those_that_may_come(session: Session) -> None:
+    short, full = Source(session, [], max_tokens=2).text, Source(session, [], context=5).text
+    assert (short.remaining, full.remaining) == (2, 3)
+    for text in (short, full):
+        text.add(Choice(70, 0.0))
+    assert (short.remaining, full.remaining) == (1, 2)
+
+
+@pytest.mark.parametrize("reason", ["deadline", "cancelled"])
+def test_text_may_be_ended_from_outside(session: Session, reason: Any) -> None:
+    text = Source(session, [], stop=["END"]).text
+    for id in tokens("ab EN"):
+        text.add(Choice(id, -1.0))
+    text.end(reason)
+    assert text.has_ended
+    completion = text.completion(0, 0)
+    # "EN" may have become a stop string: as in a text that is closed, it was not shown.
+    assert (completion.text, len(completion.ids), completion.stop_reason) == ("ab ", 5, reason)
+
+
+def test_text_that_has_ended_keeps_its_reason(session: Session) -> None:
+    text = Source(session, []).text
+    text.add(Choice(EOS, -1.0))
+    text.end("cancelled")
+    assert text.completion(0, 0).stop_reason == "eos"
+
+
+def test_completion_says_what_was_cached_and_drafted(session: Session) -> None:
+    text = Source(session, []).text
+    plain = text.completion(0, 0)
+    assert (plain.cached_tokens, plain.drafted, plain.accepted) == (0, 0, 0)
+    text.cached_tokens, text.drafted, text.accepted = 2, 9, 7
+    completion = text.completion(0, 0)
+    assert (completion.cached_tokens, completion.drafted, completion.accepted) == (2, 9, 7)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(alphabet="ab.", min_size=10, max_size=36),
+    stops=st.lists(st.text(alphabet="ab.", min_size=3, max_size=5), max_size=1),
+    max_tokens=st.integers(0, 36),
+    read=st.integers(1, 50),
+)
+def test_session_that_speculates_is_left_as_one_that_does_not(
+    session: Session, engine: Any, text: str, stops: list[str], max_tokens: int, read: int
+) -> None:
+    """The same pieces and the same sequence, wherever the text ends or its reader leaves."""
+    engine.script = [EOS] * len(PROMPT) + [*tokens(text), EOS]
+    found = []
+    for speculate in (None, "ngram"):
+        stream = session.stream(PROMPT, max_tokens, stop=stops, speculate=speculate)
+        pieces = [piece for _, piece in zip(range(read), stream)]
+        stream.close()
+        found.append((pieces, stream.completion().stop_reason, session.position, session.decode(5).tolist()))
+        session.reset()
+    assert found[0] == found[1]
+
+
+def test_session_that_speculates_says_how_well(session_writing: Write) -> None:
+    completion = session_writing("abcd" * 8).stream(PROMPT, 30, speculate="ngram").completion()
+    assert completion.text == ("abcd" * 8)[:30]
+    assert 0 < completion.accepted <= completion.drafted
+
+
+def test_session_may_refuse_to_go_on_in_a_full_context(session_writing: Write) -> None:
+    stream = session_writing("a" * CONTEXT).stream(PROMPT, 100, on_full="error")
+    for _ in range(CONTEXT - len(PROMPT) + 1):
+        assert next(stream).text == "a"
+    with pytest.raises(ContextError, match="fill the context of 40"):
+        next(stream)

@@ -38,6 +38,7 @@ class OnnxBackend:
             glu=True,
             group_query_attention=True,
             ring_cache=self._runtime.has_ring,
+            cache_dtypes=(DType.F32, DType.F16),
             storage={dtype: storage_name(dtype) for dtype in _PACKED},
             widest={Storage.of(DType.Q8_0).name: DType.Q8_0},
         )

@@ -25,6 +25,9 @@ from rlxc.weights.formats import FORMATS
 _QUANT_TYPES = {DType.FP4: 0, DType.NF4: 1}
 """``MatMulBnb4``'s numbers for the codebooks."""
 
+FLOAT_TYPES = {DType.F32: TensorProto.FLOAT, DType.F16: TensorProto.FLOAT16}
+"""The types of activations and caches."""
+
 ReadFloats = Callable[[str], npt.NDArray[np.float32]]
 """Gives a small f32 weight's values, by its name."""
 
@@ -88,12 +91,14 @@ class Lowering:
         assert isinstance(stored, StoredFloat)
         shape = self.graph.weight[name].type.shape
         tensor = self.external(name, stored.data_type, tuple(map(int, shape)), stored.region)
-        if stored.data_type == TensorProto.FLOAT:
-            return tensor
-        cast = f"{name}.f32"
+        return tensor if stored.data_type == TensorProto.FLOAT else self.cast(tensor, DType.F32)
+
+    def cast(self, name: str, dtype: DType) -> str:
+        """A value as another type of floats."""
+        cast = f"{name}.{dtype}"
         if cast not in self._casts:
             self._casts.add(cast)
-            self.add("Cast", [tensor], [cast], to=TensorProto.FLOAT)
+            self.add("Cast", [name], [cast], to=FLOAT_TYPES[dtype])
         return cast
 
     def packed_inputs(self, name: str, weight: StoredPacked, *, gather: bool) -> list[str]:
@@ -373,10 +378,16 @@ def _(op: ops.SelectRows, node: Node, to: Lowering) -> None:
 
 @lower.register
 def _(op: ops.GroupQueryAttention, node: Node, to: Lowering) -> None:
+    if op.layout == "paged":
+        raise UnsupportedError("the ONNX backend has no paged caches", source=f"%{node.outputs[0]}")
     q, k, v, key_cache, value_cache, _, *factors = node.inputs
-    kv_heads = to.graph.types[key_cache].shape[1]
-    attributes: dict[str, Any] = {"num_heads": op.heads, "kv_num_heads": kv_heads, "scale": op.scale}
-    tables = []
+    cache = to.graph.types[key_cache]
+    if cache.dtype not in FLOAT_TYPES:
+        raise UnsupportedError(
+            f"the ONNX backend has no caches of {cache.dtype}", source=f"%{node.outputs[0]}"
+        )
+    attributes: dict[str, Any] = {"num_heads": op.heads, "kv_num_heads": cache.shape[1], "scale": op.scale}
+    floats, tables = [q, k, v], []
     if op.rope is not None:
         tables = to.rope_tables(op.rope, *factors)
         attributes |= {"do_rotary": 1, "rotary_interleaved": int(op.rope.interleaved)}
@@ -384,8 +395,15 @@ def _(op: ops.GroupQueryAttention, node: Node, to: Lowering) -> None:
         attributes["local_window_size"] = op.window if to.runtime.counts_own_key else op.window - 1
     if op.layout == "ring":
         attributes["sliding_window_cache"] = 1
-    inputs = [q, k, v, key_cache, value_cache, *to.lengths(), *tables]
-    to.add("GroupQueryAttention", inputs, list(node.outputs), MICROSOFT, **attributes)
+    out, *presents = node.outputs
+    result = out
+    if cache.dtype is not DType.F32:  # The op computes in its cache's type.
+        floats, tables = ([to.cast(name, cache.dtype) for name in names] for names in (floats, tables))
+        result = f"{out}.{cache.dtype}"
+    inputs = [*floats, key_cache, value_cache, *to.lengths(), *tables]
+    to.add("GroupQueryAttention", inputs, [result, *presents], MICROSOFT, **attributes)
+    if result != out:
+        to.add("Cast", [result], [out], to=TensorProto.FLOAT)
 
 
 def _values(node: Node, to: Lowering) -> list[str]:

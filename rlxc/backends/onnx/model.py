@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.lora import MICROSOFT
-from rlxc.backends.onnx.lower import Lowering, ReadFloats, lower
+from rlxc.backends.onnx.lower import FLOAT_TYPES, Lowering, ReadFloats, lower
 from rlxc.backends.onnx.runtime import Runtime
 from rlxc.backends.onnx.weights import Stored
 from rlxc.dtypes import DType
@@ -24,7 +24,7 @@ from rlxc.ir import Graph, TensorType
 OPSET = 23
 IR_VERSION = 11
 
-_TYPES = {DType.F32: TensorProto.FLOAT, DType.I32: TensorProto.INT32, DType.I64: TensorProto.INT64}
+_TYPES = {**FLOAT_TYPES, DType.I32: TensorProto.INT32, DType.I64: TensorProto.INT64}
 
 
 def build_model(

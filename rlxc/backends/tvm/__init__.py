@@ -42,9 +42,8 @@ class TvmBackend:
     features = TargetFeatures(
         glu=True,
         group_query_attention=True,
-        ring_cache=True,
-        cache_dtype=DType.F16,
-        cache_rows=16,
+        cache_dtypes=(DType.F16, DType.F32, DType.BF16, DType.INT8),
+        page_size=64,
         rounded_lora=DType.F16,
         # Only weights of one format lie in one matrix: widening one would cost what decoding is limited by, bytes.
         storage={dtype: dtype.value for dtype in _PACKED},
@@ -132,7 +131,7 @@ def _lower(
         weights,
         target,
         int8=options.activations == "int8",
-        most_tokens=options.max_step,
+        kv=options.kv,
         read_floats=read_floats,
         find_knobs=find_knobs,
         lora=options.lora,

@@ -1,7 +1,7 @@
 """A program as one object file: a function that calls the kernels one after the other.
 
-There is no virtual machine: every address is the start of the weights, of the workspace or of a sequence's cache plus
-a constant, so a call costs as much as a call in C. The object file is loaded as it is; nothing is linked.
+There is no virtual machine: every address is the start of the weights, of the workspace or of a page plus a constant,
+so a call costs as much as a call in C. The object file is loaded as it is; nothing is linked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, bind, when
 from rlxc.backends.tvm.program import (
     Argument,
     Call,
-    InCache,
+    InPage,
+    InTable,
     InUnit,
     InWeights,
     InWorkspace,
@@ -38,7 +39,9 @@ STEP = "rlxc_step"
 weights int8 (the data of the weights file); workspace int8; anchor int8 (one byte that addresses count from);
 lora_starts int32 ``[sequences + 1]`` (sequence s has the units from number ``lora_starts[s]`` up to
 ``lora_starts[s + 1]``); lora_units int64 ``[units]`` (each one's distance from the anchor in bytes); lora_scales f32
-``[units]``; caches int64 ``[sequences]`` (likewise, in bytes); past int32 ``[sequences]``; ids int64
+``[units]``; tables int64 ``[sequences]`` (the distance of each one's block tables from the anchor, in bytes; they are
+int64 ``[tables, entries]``, and entry i is the distance of the page of positions ``page_size * i`` and following,
+likewise; only entries of positions that a token sees, or takes, are read); past int32 ``[sequences]``; ids int64
 ``[sequences * step]``; logit_rows int64 ``[rows]``; logits f32 ``[sequences * rows * vocab]``; maxima and sums f32
 ``[sequences * rows * blocks]`` (of every 64 logits); ticks int64 ``[calls + 1]`` (when each call began, and the last
 one ended, in ticks of the CPU's clock); sequences; step; rows. Tensors of f32 begin at multiples of 64 bytes.
@@ -51,7 +54,7 @@ _TENSORS = {
     "lora_starts": "int32",
     "lora_units": "int64",
     "lora_scales": "float32",
-    "caches": "int64",
+    "tables": "int64",
     "past": "int32",
     "ids": "int64",
     "logit_rows": "int64",
@@ -134,7 +137,7 @@ def _main(program: Program, workspace: Workspace, names: dict[str, GlobalVar], c
                     return address_of(tensors["weights"][offset])
                 case InWorkspace(buffer, offset):
                     return address_of(tensors["workspace"][workspace.offsets[buffer] + offset])
-                case InCache(offset) | InUnit(offset):
+                case InTable(offset) | InPage(offset) | InUnit(offset):
                     return address_of(tensors["anchor"][offset])
                 case str() if argument in counters:
                     return counters[argument]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rlxc.backends.tvm.kernels.activations import QuantisedRow
 from rlxc.backends.tvm.kernels.attention import attention_kernel, workspace_floats
 from rlxc.backends.tvm.kernels.attention_block import AttentionKnobs
-from rlxc.backends.tvm.kernels.cache import CacheShape
+from rlxc.backends.tvm.kernels.cache import CacheShape, CacheType
 from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs
 from rlxc.backends.tvm.kernels.lora import LoraUp
 from rlxc.backends.tvm.kernels.matmul import FEW, matmul_kernel
@@ -22,6 +22,9 @@ from rlxc.backends.tvm.problem import Filled, Problem
 from rlxc.backends.tvm.targets import CpuTarget
 from rlxc.dtypes import DType
 from rlxc.errors import ArtifactError
+
+MEASURED_POSITIONS = 4096
+"""The most positions that attention is measured with: longer sequences take more time, not other knobs."""
 
 
 def matmul(
@@ -105,18 +108,18 @@ def attention(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    capacity: int,
-    ring: bool,
-    cache_dtype: Literal["float16", "float32"],
+    page: int,
+    cache_dtype: CacheType,
     scale: float,
     window: int | None,
     out_stride: int,
+    positions: int,
     tokens: int,
     weight: int = 1,
 ) -> Problem:
-    """Attention of a step's tokens, which are the last that a linear cache has room for."""
+    """Attention of a step's tokens, which are the last of so many positions; those behind the window do not count."""
     vectors = Vectors.of(target)
-    shape = CacheShape(kv_heads, head_dim, capacity, ring, cache_dtype)
+    shape = CacheShape(kv_heads, head_dim, page, cache_dtype)
 
     def make(knobs: Knobs) -> Kernel:
         return attention_kernel(
@@ -131,39 +134,44 @@ def attention(
             out_stride=out_stride,
         )
 
-    space = _attention_space(target)
-    elements = kv_heads * capacity * head_dim
-    past = max(0, min(capacity, window or capacity) - tokens)
+    space = _attention_space(target, page)
+    past = max(0, min(positions, window or positions) - tokens)
+    held = past + tokens
+    pages = -(-held // page)
+    # A page's keys and its values lie in buffers of their own, as far from the first one's; so do scales.
+    distances = tuple(range(0, pages * shape.nbytes, shape.nbytes))
+    elements = [pages * shape.nbytes // shape.element_bytes] * 2
+    scales = [pages * shape.nbytes // 4] * (2 * shape.has_scales)
     seen = tokens * (past + tokens // 2)
-    kind = "ring" if ring else "linear"
     return Problem(
         name=(
-            f"attention {heads}x{head_dim} over {kv_heads} {cache_dtype} {kind} {capacity}, "
-            f"window {window}, stride {out_stride}, {_tokens(tokens)}"
+            f"attention {heads}x{head_dim} over {kv_heads}, {cache_dtype} pages of {page}, window {window}, "
+            f"{held} positions, {_tokens(tokens)}"
         ),
         space=space,
         make=make,
         arguments=(
             tokens * heads * head_dim,
-            elements,
-            elements,
             1,
+            Filled(pages, distances),
+            *elements,
+            *scales,
             Filled(1, past),
-            attention_workspace(target, head_dim),
+            attention_workspace(target, shape),
             tokens * out_stride,
             1,
             tokens,
         ),
-        bytes_moved=2 * elements * (2 if cache_dtype == "float16" else 4),
+        bytes_moved=2 * held * kv_heads * (head_dim * shape.element_bytes + 4 * shape.has_scales),
         operations=4 * heads * head_dim * seen,
         weight=weight,
     )
 
 
-def attention_workspace(target: CpuTarget, head_dim: int) -> int:
+def attention_workspace(target: CpuTarget, shape: CacheShape) -> int:
     """The f32 of workspace that attention needs, whatever its knobs."""
-    space = _attention_space(target)
-    return max(workspace_floats(_attention_knobs(target, knobs), head_dim) for knobs in space)
+    space = _attention_space(target, shape.page)
+    return max(workspace_floats(_attention_knobs(target, knobs), shape.head_dim) for knobs in space)
 
 
 _FAMILIES: Mapping[str, Callable[..., Problem]] = {
@@ -223,10 +231,12 @@ def _matmul_space(target: CpuTarget, tokens: int) -> tuple[Knobs, ...]:
     return (default, *(knobs for knobs in others if knobs != default))
 
 
-def _attention_space(target: CpuTarget) -> tuple[Knobs, ...]:
+def _attention_space(target: CpuTarget, page: int) -> tuple[Knobs, ...]:
     default = AttentionKnobs.of(target)
     rows = (8, 10, 12, 14) if target.registers >= 32 else (4, 5, 6)
-    settings = [(default.rows, default.keys), *((r, k) for r in rows for k in (32, 64, 128))]
+    # The keys of a block lie in one page.
+    keys = [count for count in (16, 32, 64, 128) if count <= page][-2:]
+    settings = [(default.rows, min(default.keys, page)), *((r, k) for r in rows for k in keys)]
     return tuple({"rows": r, "keys": k} for r, k in dict.fromkeys(settings))
 
 

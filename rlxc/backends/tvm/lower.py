@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from itertools import count
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.artifact import KvPlan
 from rlxc.artifact.lora import LoraPlan
-from rlxc.backends.tvm.families import attention_workspace
-from rlxc.backends.tvm.kernels import cache, embed, lora, rope, rowwise, select, summarise
+from rlxc.backends.tvm.cache_places import CachePlaces
+from rlxc.backends.tvm.families import MEASURED_POSITIONS, attention_workspace
+from rlxc.backends.tvm.kernels import embed, lora, rope, rowwise, select, summarise
 from rlxc.backends.tvm.kernels.activations import QuantisedRow
-from rlxc.backends.tvm.kernels.cache import CacheShape
 from rlxc.backends.tvm.kernels.kernel import Kernel
 from rlxc.backends.tvm.kernels.lora import LoraUp
+from rlxc.backends.tvm.kernels.rotate_and_write import rotate_and_write_kernel
 from rlxc.backends.tvm.kernels.rowwise import Row, RowProgram, Step
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import PackedLayout, align
@@ -28,7 +31,6 @@ from rlxc.backends.tvm.program import (
     Argument,
     Call,
     Counter,
-    InCache,
     InWeights,
     InWorkspace,
     Program,
@@ -37,14 +39,8 @@ from rlxc.backends.tvm.side_paths import SidePaths
 from rlxc.backends.tvm.targets import CpuTarget
 from rlxc.backends.tvm.tuned import FindKnobs, TunedKernels
 from rlxc.backends.tvm.weights import WeightsFile
-from rlxc.dtypes import DType
 from rlxc.errors import GraphError, UnsupportedError
 from rlxc.ir import Graph, Node, RopeSpec, ops
-
-_CACHE_TYPES: Final[Mapping[DType, Literal["float32", "float16"]]] = {
-    DType.F32: "float32",
-    DType.F16: "float16",
-}
 
 _PRODUCTS: Final = (ops.MatMul, ops.DequantMatMul, ops.LoraMatMul)
 
@@ -63,7 +59,7 @@ def lower(
     target: CpuTarget,
     *,
     int8: bool,
-    most_tokens: int,
+    kv: KvPlan,
     read_floats: ReadFloats,
     find_knobs: FindKnobs,
     lora: LoraPlan | None,
@@ -75,13 +71,14 @@ def lower(
         weights: where weights lie; rope frequencies are added to it.
         target: the CPU.
         int8: whether matrix products round their activations.
-        most_tokens: that a step may have, of all sequences together.
+        kv: where caches will lie, and how many tokens a step may have, of all sequences together.
         read_floats: gives small f32 weights.
         find_knobs: chooses kernels' knobs.
         lora: where adapters will lie; None if the graph takes none.
 
     Raises:
-        UnsupportedError: an op has no kernel, or something else than a matrix product makes the logits.
+        UnsupportedError: an op or a cache has no kernel, or something else than a matrix product makes the logits.
+        GraphError: a plan does not fit the graph.
     """
     last = graph.producer.get("logits")
     if last is None or not isinstance(last.op, _PRODUCTS):
@@ -89,13 +86,13 @@ def lower(
         raise UnsupportedError(
             f"the tvm backend writes logits as a matrix product makes them, here they are made {made}"
         )
-    tuned = TunedKernels(target, most_tokens, find_knobs)
-    to = _Lowering(graph, weights, target, int8, most_tokens, read_floats, tuned, lora)
+    caches, tuned = CachePlaces(kv), TunedKernels(target, kv.max_step, find_knobs)
+    to = _Lowering(graph, weights, target, int8, kv.max_step, caches, read_floats, tuned, lora)
     for node in graph.nodes:
         to.node(node)
     to.flush()
     to.summarise_logits()
-    return Program(tuple(to.calls), tuple(to.buffers), most_tokens, tuned.entries)
+    return Program(tuple(to.calls), tuple(to.buffers), kv.max_step, tuned.entries)
 
 
 @dataclass(frozen=True)
@@ -122,6 +119,7 @@ class _Lowering:
     target: CpuTarget
     int8: bool
     most_tokens: int
+    caches: CachePlaces
     read_floats: ReadFloats
     tuned: TunedKernels
     lora: LoraPlan | None
@@ -136,7 +134,7 @@ class _Lowering:
         self._pending: list[Node] = []
         self._row_kernels: dict[RowProgram, Kernel] = {}
         self._angles: dict[tuple[RopeSpec, str], Argument] = {}
-        self._cache_offsets = _cache_offsets(self.graph)
+        self._layers = count()
 
     # --- ops -----------------------------------------------------------------------------------------------------
 
@@ -283,16 +281,13 @@ class _Lowering:
         self._call(select.select_kernel(place.width, place.stride), arguments, "rows")
 
     def _attention(self, node: Node, op: ops.GroupQueryAttention) -> None:
-        q, k, v, key_cache, value_cache, _, *factors = node.inputs
+        q, k, v, key_cache, _, _, *rest = node.inputs
         queries, keys, values = (self._place(name) for name in (q, k, v))
-        cache_type = self.graph.types[key_cache]
-        kv_heads, capacity, head_dim = map(int, cache_type.shape[1:])
-        dtype = _CACHE_TYPES[cache_type.dtype]
-        shape = CacheShape(kv_heads, head_dim, capacity, op.layout == "ring", dtype)
+        shape, pages = self.caches.layer(next(self._layers), op, self.graph.types[key_cache])
+        factors = rest[1:]  # after the block table
         angles = [self._rope_angles(op.rope, *factors)] if op.rope else []
-        rotated = self._new_buffer(4 * op.heads * head_dim)
-        caches = (InCache(self._cache_offsets[key_cache]), InCache(self._cache_offsets[value_cache]))
-        write = cache.rotate_and_write_kernel(
+        rotated = self._new_buffer(4 * op.heads * shape.head_dim)
+        write = rotate_and_write_kernel(
             self.vectors,
             heads=op.heads,
             shape=shape,
@@ -302,25 +297,24 @@ class _Lowering:
             v_stride=values.stride,
         )
         rows = (queries.argument, keys.argument, values.argument)
-        self._call(write, (*rows, *angles, "past", "caches", *caches, rotated, "sequences", "step"))
+        self._call(write, (*rows, *angles, "past", *pages, rotated, "sequences", "step"))
         out = self._new(node.outputs[0])
         attend = self.tuned.make(
             "attention",
             "tokens",
             heads=op.heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            capacity=capacity,
-            ring=shape.ring,
-            cache_dtype=dtype,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            page=shape.page,
+            cache_dtype=shape.dtype,
             scale=op.scale,
             window=op.window,
             out_stride=out.stride,
+            positions=min(self.caches.plan.context, MEASURED_POSITIONS),
         )
-        self.buffers.append(4 * attention_workspace(self.target, head_dim))
+        self.buffers.append(4 * attention_workspace(self.target, shape))
         workspace = InWorkspace(len(self.buffers) - 1)
-        reads: tuple[Argument, ...] = (rotated, *caches, "caches", "past")
-        self._call(attend, (*reads, workspace, out.argument, "sequences", "step"))
+        self._call(attend, (rotated, *pages, "past", workspace, out.argument, "sequences", "step"))
 
     def _rope_angles(self, spec: RopeSpec, factors: str = "") -> Argument:
         """Cosines and sines of this step's positions, made once for all layers that rotate alike."""
@@ -479,19 +473,3 @@ class _Lowering:
         multiplications: int = 0,
     ) -> None:
         self.calls.append(Call(kernel, arguments, amount, bytes_read, multiplications))
-
-
-def _cache_offsets(graph: Graph) -> dict[str, int]:
-    """Where each cache begins in the memory of a sequence, in bytes: one after the other, as the graph names them."""
-    layers = [node for node in graph.nodes if isinstance(node.op, ops.GroupQueryAttention)]
-    caches = {name for node in layers for name in node.inputs[3:5]}
-    offsets, position = {}, 0
-    for value in graph.inputs:
-        if value.name in caches:
-            heads, capacity, dim = map(int, value.type.shape[1:])
-            offsets[value.name] = position
-            position += align(heads * capacity * dim * _SIZES[value.type.dtype])
-    return offsets
-
-
-_SIZES: Final = {DType.F32: 4, DType.F16: 2}

@@ -19,16 +19,17 @@ KNOBS_ATTRIBUTE = "rlxc_knobs"
 _NUMBERS = Pointer("numbers", "int32")
 
 # Buffers of int8 hold codes, but f16 and f32 scales too. Random bytes would be numbers too small for the CPU to
-# multiply at full speed; random f32, seen as bytes, are not.
-_STAND_INS = {"int8": "float32"}
+# multiply at full speed; random f32, seen as bytes, are not. Nor are random f16, seen as the bf16 that u16 stand for.
+_STAND_INS = {"int8": ("float32", 4), "uint16": ("float16", 1)}
+"""The type that is allocated and filled instead of another, and how many elements of the latter are one of it."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A buffer whose elements all have one value: a position or an offset, which must not be just any number."""
+    """A buffer whose elements must not be just any numbers, as positions and offsets: theirs, or one value for all."""
 
     elements: int
-    value: int
+    value: int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def measured_module(problem: Problem, knobs: Knobs) -> IRModule:
 
 
 def _stand_in(pointer: Pointer) -> Pointer:
-    return Pointer(pointer.name, _STAND_INS.get(pointer.dtype, pointer.dtype))
+    dtype, _ = _STAND_INS.get(pointer.dtype, (pointer.dtype, 1))
+    return Pointer(pointer.name, dtype)
 
 
 def call_data(problem: Problem) -> tuple[Data, ...]:
@@ -108,8 +110,8 @@ def call_data(problem: Problem) -> tuple[Data, ...]:
             numbers.append(argument)
         else:
             zero = 0 if param.dtype in ("int32", "int64") else None
-            elements = -(-argument // 4) if param.dtype in _STAND_INS else argument
-            tensors.append(Data(_stand_in(param).dtype, elements, zero))
+            _, per_element = _STAND_INS.get(param.dtype, (param.dtype, 1))
+            tensors.append(Data(_stand_in(param).dtype, -(-argument // per_element), zero))
     return (Data(_NUMBERS.dtype, max(1, len(numbers)), tuple(numbers) or 0), *tensors)
 
 

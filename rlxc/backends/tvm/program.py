@@ -19,7 +19,7 @@ Counter = Literal["sequences", "step", "tokens", "rows", "rows_per_sequence"]
 Tensor = Literal[
     "ids",
     "past",
-    "caches",
+    "tables",
     "lora_starts",
     "lora_units",
     "lora_scales",
@@ -47,8 +47,15 @@ class InWorkspace:
 
 
 @dataclass(frozen=True)
-class InCache:
-    """An argument: what lies at this byte of a sequence's cache, relative to the anchor."""
+class InTable:
+    """An argument: what lies at this byte of a sequence's block tables, relative to the anchor."""
+
+    offset: int
+
+
+@dataclass(frozen=True)
+class InPage:
+    """An argument: what lies at this byte of a page of a cache, relative to the anchor."""
 
     offset: int
 
@@ -60,7 +67,7 @@ class InUnit:
     offset: int
 
 
-Argument = InWeights | InWorkspace | InCache | InUnit | Tensor | Counter
+Argument = InWeights | InWorkspace | InTable | InPage | InUnit | Tensor | Counter
 
 
 @dataclass(frozen=True)

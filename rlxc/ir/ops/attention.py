@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlxc.dtypes import DType
@@ -60,26 +61,29 @@ class KvAppend(Op):
     def shape_rule(self, inputs: Types) -> Types:
         """``f32[B, K, past + S, D]``."""
         past, new = inputs
-        batch, heads, length, dim = _cache_shape(self, past, new)
+        batch, heads, length, dim = _cache_dims(self, past, (DType.F32,))
+        _check_rows(self, new, past, (batch, heads, dim))
         return (TensorType(past.dtype, (batch, heads, add_dims(length, new.shape[1]), dim)),)
 
 
 @dataclass(frozen=True)
 class KvWrite(Op):
-    """Writes this step's rows into a fixed buffer, f32 or f16, in place.
+    """Writes this step's rows into a cache of fixed size, in place, as its elements' type stores them.
 
-    ``layout`` is ``linear`` (row = position) or ``ring`` (row = position mod capacity).
-    Inputs: cache ``f32[B, K, capacity, D]``, new ``f32[B, S, K * D]``, past length ``i32[]``. Result: the cache.
+    ``layout`` is ``linear`` (row = position), ``ring`` (row = position mod capacity) or ``paged``: of a sequence's
+    block table, entry ``i`` is the number of the page that holds positions ``i * page_size`` and following.
+    Inputs: cache ``[B, K, capacity, D]`` or pages ``[pages, K, page_size, D]`` (f32, f16, bf16, or int8: codes with one
+    scale for each row of ``D``), new ``f32[B, S, K * D]``, past length ``i32[]``, and of a paged cache the table
+    ``i32[B, entries]``. Result: the cache.
     """
 
-    arity = (3, 3)
+    arity = (3, 4)
     layout: str
 
     def shape_rule(self, inputs: Types) -> Types:
         """The cache's shape."""
-        cache, new, past = inputs
-        _cache_shape(self, cache, new)
-        _check_layout(self, self.layout, past)
+        cache, new, past, *table = inputs
+        _buffer_dims(self, self.layout, cache, new, past, table)
         return (cache,)
 
 
@@ -87,22 +91,21 @@ class KvWrite(Op):
 class KvRead(Op):
     """The rows of a cache that this step's tokens may see, oldest first.
 
-    All of them in a ``linear`` layout; in a ``ring`` the last ``window + S - 1``.
-    Inputs: cache ``f32[B, K, capacity, D]``, this step's rows ``f32[B, S, K * D]`` (for ``S``), past length ``i32[]``.
-    Result: ``f32[B, K, T, D]``.
+    All of them in a ``linear`` layout; in a ``ring``, or in pages read by ``window``, the last ``window + S - 1``.
+    Inputs: those of the write, where this step's rows count for ``S`` only. Result: ``f32[B, K, T, D]``.
     """
 
-    arity = (3, 3)
+    arity = (3, 4)
     layout: str
     window: int | None = None
 
     def shape_rule(self, inputs: Types) -> Types:
         """``f32[B, K, T, D]`` with a symbolic ``T``."""
-        cache, new, past = inputs
-        batch, heads, _, dim = _cache_shape(self, cache, new)
-        _check_layout(self, self.layout, past)
+        cache, new, past, *table = inputs
+        batch, heads, dim = _buffer_dims(self, self.layout, cache, new, past, table)
+        by_window = self.window is not None
         self.require(
-            (self.layout == "ring") is (self.window is not None),
+            self.layout == "paged" or (self.layout == "ring") is by_window,
             "a ring is read by window, a linear cache is not",
         )
         return (f32(batch, heads, "visible", dim),)
@@ -126,7 +129,8 @@ class Attention(Op):
         """The shape of q."""
         q, k, v = inputs
         self.require(k == v, f"keys {k} and values {v} differ")
-        _check_heads(self, self.heads, q, _cache_dims(self, k))
+        batch, kv_heads, _, dim = _cache_dims(self, k, (DType.F32,))
+        _check_heads(self, self.heads, q, (batch, kv_heads, dim))
         return (q,)
 
 
@@ -134,12 +138,12 @@ class Attention(Op):
 class GroupQueryAttention(Op):
     """Rope, cache write and read, and attention in one: what ONNX Runtime's op of that name does.
 
-    Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, S, K * D]``, key cache and value cache
-    ``f32[B, K, capacity, D]``, past length ``i32[]``, optional rope factors ``f32[dim/2]``.
+    Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, S, K * D]``, key cache and value cache (see :class:`KvWrite`),
+    past length ``i32[]``, of paged caches their one table ``i32[B, entries]``, optional rope factors ``f32[dim/2]``.
     Results: the attention's output (the shape of q), key cache, value cache.
     """
 
-    arity = (6, 7)
+    arity = (6, 8)
     heads: int
     scale: float
     layout: str
@@ -150,21 +154,45 @@ class GroupQueryAttention(Op):
         """The shapes of q and of the two caches."""
         q, k, v, key_cache, value_cache, past = inputs[:6]
         self.require(k == v and key_cache == value_cache, "keys and values differ in shape")
-        cache = _cache_shape(self, key_cache, k)
-        _check_layout(self, self.layout, past)
-        self.require(self.layout == "linear" or self.window is not None, "a ring has a window")
+        paged = self.layout == "paged"
+        table, factors = (inputs[6:7], inputs[7:]) if paged else ((), inputs[6:])
+        cache = _buffer_dims(self, self.layout, key_cache, k, past, table)
+        self.require(self.layout != "ring" or self.window is not None, "a ring has a window")
         _check_heads(self, self.heads, q, cache)
         self.require(q.shape[1] == k.shape[1], f"q {q} and k {k} differ in tokens")
-        self.require(self.rope is not None or not inputs[6:], "rope factors without rope")
+        self.require(len(factors) <= 1, f"takes one input of factors, got {len(factors)}")
+        self.require(self.rope is not None or not factors, "rope factors without rope")
         if self.rope is not None:
-            _check_rope(self, self.rope, cache[3], inputs[6:])
+            _check_rope(self, self.rope, cache[2], factors)
         return (q, key_cache, value_cache)
 
 
-def _cache_dims(op: Op, cache: TensorType) -> tuple[Dim, int, Dim, int]:
+_CACHE_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.INT8)
+"""What a cache's rows can be stored as. 8-bit codes have one f32 scale for each row of the last axis."""
+
+
+def _buffer_dims(
+    op: Op, layout: str, cache: TensorType, new: TensorType, past: TensorType, table: Sequence[TensorType]
+) -> tuple[Dim, int, int]:
+    """``B, K, D`` of a cache of this layout, after checks that all inputs fit it."""
+    op.require(layout in ("linear", "ring", "paged"), f"unknown layout {layout!r}")
+    op.require(past == TensorType(DType.I32, ()), f"past length must be i32[], got {past}")
+    batch, heads, _, dim = _cache_dims(op, cache, _CACHE_DTYPES)
+    if layout == "paged":
+        batch = new.shape[0] if new.shape else "batch"
+        op.require(isinstance(cache.shape[2], int), f"the size of the pages {cache} must be a number")
+        found = [(one.dtype, len(one.shape), *one.shape[:1]) for one in table]
+        op.require(found == [(DType.I32, 2, batch)], f"a paged cache needs a table i32[{batch}, entries]")
+    else:
+        op.require(not table, f"a {layout} cache has no table")
+    _check_rows(op, new, cache, (batch, heads, dim))
+    return batch, heads, dim
+
+
+def _cache_dims(op: Op, cache: TensorType, dtypes: tuple[DType, ...]) -> tuple[Dim, int, Dim, int]:
     """``B, K, T, D`` of a cache."""
-    fits = cache.dtype in (DType.F32, DType.F16) and len(cache.shape) == 4
-    op.require(fits, f"a cache is f32 or f16 [B, K, T, D], got {cache}")
+    fits = cache.dtype in dtypes and len(cache.shape) == 4
+    op.require(fits, f"a cache is {' or '.join(map(str, dtypes))} [B, K, T, D], got {cache}")
     batch, heads, length, dim = cache.shape
     numbers = isinstance(heads, int) and isinstance(dim, int) and heads > 0
     op.require(numbers, f"heads and head dim of {cache} must be numbers")
@@ -172,21 +200,14 @@ def _cache_dims(op: Op, cache: TensorType) -> tuple[Dim, int, Dim, int]:
     return batch, heads, length, dim
 
 
-def _cache_shape(op: Op, cache: TensorType, new: TensorType) -> tuple[Dim, int, Dim, int]:
-    """``B, K, T, D`` of a cache that takes rows of the type ``new``."""
-    batch, heads, length, dim = _cache_dims(op, cache)
+def _check_rows(op: Op, new: TensorType, cache: TensorType, dims: tuple[Dim, int, int]) -> None:
+    batch, heads, dim = dims
     fits = len(new.shape) == 3 and new == f32(batch, new.shape[1], heads * dim)
     op.require(fits, f"new rows {new} do not fit cache {cache}")
-    return batch, heads, length, dim
 
 
-def _check_layout(op: Op, layout: str, past: TensorType) -> None:
-    op.require(layout in ("linear", "ring"), f"unknown layout {layout!r}")
-    op.require(past == TensorType(DType.I32, ()), f"past length must be i32[], got {past}")
-
-
-def _check_heads(op: Op, heads: int, q: TensorType, cache: tuple[Dim, int, Dim, int]) -> None:
-    batch, kv_heads, _, dim = cache
+def _check_heads(op: Op, heads: int, q: TensorType, cache: tuple[Dim, int, int]) -> None:
+    batch, kv_heads, dim = cache
     fits = len(q.shape) == 3 and q == f32(batch, q.shape[1], heads * dim)
     op.require(fits, f"q {q} does not hold {heads} heads of {dim}")
     op.require(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from layer_graph import layer
 from random_adapters import split_graph
 
-from rlxc.artifact import LoraPlan
+from rlxc.artifact import KvLayer, KvPlan, LoraPlan
+from rlxc.artifact.kv import row_bytes
 from rlxc.backends.tvm.lower import lower
-from rlxc.backends.tvm.program import InUnit, InWeights, InWorkspace, Program
+from rlxc.backends.tvm.program import InPage, InTable, InUnit, InWeights, InWorkspace, Program
 from rlxc.backends.tvm.targets import find_target
 from rlxc.backends.tvm.weights import WeightsFile
 from rlxc.dtypes import DType
@@ -22,11 +24,33 @@ from rlxc.ir import Graph, parse
 TOKENS = 16
 
 
+def paged_layer(dtype: str = "f16") -> str:
+    """The layer with its cache in pages of 64 positions, as it is scheduled for this backend."""
+    text = (
+        layer().replace("f32[batch, 2, 64, 16]", f"{dtype}[pages, 2, 64, 16]").replace("'linear'", "'paged'")
+    )
+    text = text.replace("%past_length, @factors", "%past_length, %block_table.0, @factors")
+    return text.replace(
+        "input %past_length: i32[]", "input %past_length: i32[]\ninput %block_table.0: i32[batch, 2]"
+    )
+
+
+def plan(*layers: KvLayer) -> KvPlan:
+    return KvPlan(100, TOKENS, 0, 64, sum(layer.bytes_per_token for layer in layers), layers)
+
+
+def planned(index: int = 0, dtype: DType = DType.F16, **changes: Any) -> KvLayer:
+    """What a plan says of `paged_layer`."""
+    size = 2 * row_bytes(dtype, 2, 16)
+    return replace(KvLayer(index, "paged", 128, None, 2, 16, dtype, size, None, 0), **changes)
+
+
 def lowered(
     model: str | Graph,
     *,
     int8: bool = True,
     find_knobs: Any = lambda problem: None,
+    kv: KvPlan | None = None,
     lora: LoraPlan | None = None,
 ) -> tuple[Program, WeightsFile]:
     graph = parse(model) if isinstance(model, str) else model
@@ -36,7 +60,7 @@ def lowered(
         weights,
         find_target("x86-64-v3"),
         int8=int8,
-        most_tokens=TOKENS,
+        kv=kv or plan(planned()),
         read_floats=lambda name: np.ones(8, np.float32),
         find_knobs=find_knobs,
         lora=lora,
@@ -52,7 +76,7 @@ def listing(program: Program) -> list[str]:
 
 
 def test_int8_layer_rounds_where_rows_are_made_anyway() -> None:
-    program, _ = lowered(layer())
+    program, _ = lowered(paged_layer())
     assert listing(program) == [
         "embed_q8_0: tokens",
         "mul_rmsnorm_round: tokens",
@@ -90,7 +114,7 @@ def test_codebooks_are_multiplied_with_what_was_not_rounded() -> None:
 
 
 def test_float32_layer_rounds_nothing() -> None:
-    program, _ = lowered(layer(), int8=False)
+    program, _ = lowered(paged_layer(), int8=False)
     assert listing(program) == [
         "embed_q8_0: tokens",
         "mul_rmsnorm: tokens",
@@ -112,7 +136,7 @@ def test_float32_layer_rounds_nothing() -> None:
 
 def test_parts_of_a_row_are_read_where_they_are() -> None:
     """q, k and v are 64, 32 and 32 numbers of the product's rows: nothing copies them."""
-    program, _ = lowered(layer())
+    program, _ = lowered(paged_layer())
     product, norms, _, write = program.calls[2:6]
     rows = product.arguments[2]
     assert isinstance(rows, InWorkspace)
@@ -122,7 +146,7 @@ def test_parts_of_a_row_are_read_where_they_are() -> None:
 
 
 def test_tied_table_is_read_by_lookup_and_logits() -> None:
-    program, weights = lowered(layer())
+    program, weights = lowered(paged_layer())
     table = InWeights(weights.stored["table"].offset)
     assert program.calls[0].arguments[0] == program.calls[-2].arguments[0] == table
     assert program.calls[-2].bytes_read == weights.stored["table"].nbytes
@@ -131,7 +155,7 @@ def test_tied_table_is_read_by_lookup_and_logits() -> None:
 
 def test_every_call_gives_its_kernel_what_it_takes() -> None:
     for int8 in (True, False):
-        program, _ = lowered(layer(), int8=int8)
+        program, _ = lowered(paged_layer(), int8=int8)
         assert [len(call.arguments) - len(call.kernel.params) for call in program.calls] == [0] * len(
             program.calls
         )
@@ -228,7 +252,7 @@ SIDE_PATHS = ("qkv", "o", "gate_up", "down", "table", "output.weight")
 
 
 def test_side_paths_read_what_the_plan_says() -> None:
-    graph, plan = split_graph(parse(layer()), SIDE_PATHS, DType.F16)
+    graph, plan = split_graph(parse(paged_layer()), SIDE_PATHS, DType.F16)
     program, _ = lowered(graph, lora=plan)
     names = [call.kernel.name for call in program.calls]
     downs = [call for call in program.calls if call.kernel.name.startswith("lora_down")]
@@ -248,8 +272,8 @@ def test_side_paths_read_what_the_plan_says() -> None:
 
 
 def test_side_paths_leave_other_calls_as_they_are() -> None:
-    graph, plan = split_graph(parse(layer()), ["o"], DType.F16)
-    program, base = lowered(graph, lora=plan)[0], lowered(layer())[0]
+    graph, plan = split_graph(parse(paged_layer()), ["o"], DType.F16)
+    program, base = lowered(graph, lora=plan)[0], lowered(paged_layer())[0]
     kernels = [call.kernel.name for call in program.calls if "lora" not in call.kernel.name]
     expected = [call.kernel.name for call in base.calls]
     expected.remove("matmul_q5_0_256x64_256")
@@ -258,34 +282,117 @@ def test_side_paths_leave_other_calls_as_they_are() -> None:
 
 
 def test_adapters_without_a_plan_are_refused() -> None:
-    graph, _ = split_graph(parse(layer()), ["o"])
+    graph, _ = split_graph(parse(paged_layer()), ["o"])
     with pytest.raises(GraphError, match="there is no plan where they lie"):
         lowered(graph)
 
 
-def test_caches_lie_one_after_the_other() -> None:
-    program, _ = lowered(layer())
+def test_attention_reads_what_it_was_given_and_where_the_plan_says() -> None:
+    program, _ = lowered(paged_layer())
     write, attend = program.calls[5:7]
-    keys, values = attend.arguments[1:3]
-    assert keys.offset == 0  # type: ignore[union-attr]
-    assert values.offset == 2 * 64 * 16 * 4  # type: ignore[union-attr]
-    assert write.arguments[6:8] == (keys, values)
+    pages = write.arguments[5:9]
+    assert pages == attend.arguments[1:5] == ("tables", InTable(0), InPage(0), InPage(2 * 64 * 16 * 2))
+    assert write.arguments[9] == attend.arguments[0]
+
+
+TWO_LAYERS = """
+graph two_layers
+input %input_ids: i64[batch, seq]
+input %logit_rows: i64[rows]
+{inputs}
+input %past_length: i32[]
+input %block_table.0: i32[batch, 2]
+input %block_table.1: i32[batch, 2]
+weight @table: q8_0[96, 32]
+%x = Embed(%input_ids, @table)
+%a, %k0, %v0 = GroupQueryAttention(%x, %x, %x, %c0, %c1, %past_length, %block_table.0; {first})
+%b, %k1, %v1 = GroupQueryAttention(%a, %a, %a, %c2, %c3, %past_length, %block_table.1; {second})
+%last = SelectRows(%b, %logit_rows)
+%logits = DequantMatMul(%last, @table)
+output %logits
+"""
+
+
+def two_layers(dtype: str = "f16", layout: str = "paged") -> str:
+    inputs = "\n".join(f"input %c{i}: {dtype}[pages, 2, 64, 16]" for i in range(4))
+    rope = "rope=RopeSpec(theta=10000.0, dim=16)"
+    first = f"heads=2, scale=0.25, layout='{layout}', {rope}"
+    second = f"heads=2, scale=0.25, layout='{layout}', window=20, {rope}"
+    return TWO_LAYERS.format(inputs=inputs, first=first, second=second)
+
+
+WINDOWED = planned(1, window=20, capacity=128, table=1)
+
+
+def test_each_layer_has_the_pages_of_its_own_table_and_int8_has_scales() -> None:
+    layers = [replace(layer, dtype=DType.INT8) for layer in (planned(), WINDOWED)]
+    program, _ = lowered(two_layers("int8"), kv=plan(*layers))
+    first, second = (call for call in program.calls if call.kernel.name.startswith("attention"))
+    size = 2 * 64 * 16
+    places = [InPage(offset) for offset in (0, size, 2 * size, 2 * size + 4 * 2 * 64)]
+    assert list(first.arguments[1:7]) == ["tables", InTable(0), *places]
+    assert list(second.arguments[1:7]) == ["tables", InTable(2 * 8), *places]
+    assert "_20_" in second.kernel.name and "_all_" in first.kernel.name
+
+
+def test_layers_of_one_table_lie_one_after_the_other_in_its_pages() -> None:
+    text = two_layers().replace("window=20, ", "").replace("%block_table.1;", "%block_table.0;")
+    program, _ = lowered(text, kv=plan(planned(), planned(1)))
+    first, second = (call for call in program.calls if call.kernel.name.startswith("attention"))
+    size = 2 * 2 * 64 * 16
+    assert first.arguments[3:5] == (InPage(0), InPage(size))
+    assert second.arguments[2:5] == (InTable(0), InPage(2 * size), InPage(3 * size))
+    assert first.kernel is second.kernel
+
+
+def test_attention_is_tuned_for_the_pages_that_the_plan_has() -> None:
+    program, _ = lowered(
+        two_layers("bf16"), kv=plan(planned(dtype=DType.BF16), replace(WINDOWED, dtype=DType.BF16))
+    )
+    problems = [
+        entry.problem(find_target("x86-64-v3")) for entry in program.entries if entry.family == "attention"
+    ]
+    assert [problem.name for problem in problems] == [
+        "attention 2x16 over 2, bfloat16 pages of 64, window None, 100 positions, 16 tokens",
+        "attention 2x16 over 2, bfloat16 pages of 64, window None, 100 positions, 1 token",
+        "attention 2x16 over 2, bfloat16 pages of 64, window 20, 20 positions, 16 tokens",
+        "attention 2x16 over 2, bfloat16 pages of 64, window 20, 20 positions, 1 token",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [
+        (planned(layout="linear", table=None), "layer 0 has a cache whose layout is linear, not pages"),
+        (
+            planned(layout="ring", window=20, table=None),
+            "layer 0 has a cache whose layout is ring, not pages",
+        ),
+        (replace(WINDOWED, shares=0), "layer 1 reads the cache of layer 0"),
+        (replace(planned(), dtype=DType.I32), "layer 0 has a cache of i32"),
+    ],
+)
+def test_cache_that_kernels_do_not_know_is_refused(layer: KvLayer, problem: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"the tvm backend has no kernel for it: {problem}$"):
+        lowered(paged_layer(), kv=plan(layer))
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        ((), "attention 1, the plan of its cache has no such layer"),
+        ((replace(WINDOWED, window=21),), "window 20; its plan says paged, .* window 21"),
+        ((replace(WINDOWED, heads=4),), r"its plan says paged, f16\[pages, 4, 64, 16\]"),
+        ((replace(WINDOWED, dtype=DType.F32),), r"attention 1 has a paged cache f16\[pages, 2, 64, 16\]"),
+    ],
+)
+def test_plan_of_another_graph_is_refused(second: tuple[KvLayer, ...], problem: str) -> None:
+    with pytest.raises(GraphError, match=problem):
+        lowered(two_layers(), kv=plan(planned(), *second))
 
 
 def test_rope_tables_of_the_same_kind_are_made_once() -> None:
-    node = next(line for line in layer().splitlines() if "GroupQueryAttention" in line)
-    second = (
-        node.replace("%heads", "%again").replace("present.0", "present.1").replace("values.0", "values.1")
-    )
-    inputs = "\n".join(f"input %past_key_values.1.{part}: f32[batch, 2, 64, 16]" for part in ("key", "value"))
-    text = (
-        layer()
-        .replace("input %past_length", f"{inputs}\ninput %past_length")
-        .replace(node, f"{node}\n{second}")
-    )
-    program, weights = lowered(
-        text.replace("%attended = DequantMatMul(%heads", "%attended = DequantMatMul(%again")
-    )
+    program, weights = lowered(two_layers(), kv=plan(planned(), WINDOWED))
     assert listing(program).count("angles: tokens") == 1
     assert listing(program).count("attention: tokens") == 2
     assert list(weights.constants) == ["rope.0.frequencies"]

@@ -9,7 +9,9 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,6 +19,8 @@ import tvm
 from tvm.ir import IRModule
 
 from rlxc.artifact.cpu import cpu_features, machine
+from rlxc.backends.tvm.build import compile_module
+from rlxc.backends.tvm.kernels.cache import CacheShape
 from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, Kernel, Number, Pointer, bind, local, serial
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.targets import TARGETS, CpuTarget, find_target
@@ -163,6 +167,74 @@ def test_f16_converts_exactly_without_another_library(target: CpuTarget) -> None
     library["convert"](*tensors)
     np.testing.assert_array_equal(tensors[1].numpy(), every.astype(np.float32))
     np.testing.assert_array_equal(tensors[2].numpy(), every)
+
+
+@each_target
+def test_bf16_is_the_nearest_and_of_two_the_even_one(target: CpuTarget) -> None:
+    """Every upper half of an f32 beside lower halves below, at and above the middle, against another conversion."""
+    if not runs_here(target):
+        pytest.skip("this CPU cannot run the target's code")
+    vectors = Vectors.of(target)
+
+    def body(floats: Buffer, rounded: Buffer, back: Buffer, count: Expr) -> None:
+        with serial(count // vectors.lanes) as index:
+            at = index * vectors.lanes
+            vectors.store(rounded, at, vectors.round_to_bf16(vectors.load(floats, at)))
+            vectors.store(back, at, vectors.widen_bf16(vectors.load(rounded, at)))
+
+    params = (
+        Pointer("floats", "float32"),
+        Pointer("rounded", "uint16"),
+        Pointer("back", "float32"),
+        Number("count"),
+    )
+    function = Kernel("bf16", params, body).function(private=False).with_attr("global_symbol", "bf16")
+    library = compile_module(IRModule({"bf16": function}), target)
+    upper = np.arange(65536, dtype=np.uint32) << 16
+    floats = (
+        (upper[:, None] | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32))
+        .view(np.float32)
+        .ravel()
+    )
+    floats = np.where(np.isnan(floats), np.float32(np.nan), floats)  # as CPUs make it
+    tensors = [
+        tvm.runtime.tensor(array)
+        for array in (floats, np.zeros(floats.shape, np.uint16), np.zeros_like(floats))
+    ]
+    library["bf16"](*tensors, len(floats))
+    exact = floats.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(tensors[1].numpy(), exact.view(np.uint16))
+    np.testing.assert_array_equal(tensors[2].numpy(), exact.astype(np.float32))
+
+
+# The instructions that make a register of f32 of a cache's elements.
+WIDENING = {
+    ("x86_64", "float16"): r"\tvcvtph2ps\t.*%[yz]mm",
+    ("x86_64", "bfloat16"): r"\tvpmovzxwd\t.*%[yz]mm",
+    ("x86_64", "int8"): r"\tvpmovsxbd\t.*%[yz]mm(.|\n)*\tvcvtdq2ps\t%[yz]mm",
+    ("aarch64", "float16"): r"\tfcvtl\tv\d+\.4s",
+    ("aarch64", "bfloat16"): r"\tu?shll\tv\d+\.4s",
+    ("aarch64", "int8"): r"\tscvtf\tv\d+\.4s",
+}
+
+
+@pytest.mark.parametrize("name", ["x86-64-v4-vnni", "x86-64-v3", "aarch64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_cache_is_widened_by_whole_registers(name: str, dtype: Any) -> None:
+    target = find_target(name)
+    vectors, shape = Vectors.of(target), CacheShape(1, 64, 64, dtype)
+
+    def body(stored: Buffer, floats: Buffer, count: Expr) -> None:
+        with serial(count) as index:
+            at = index * vectors.lanes
+            vectors.store(floats, at, shape.floats(vectors, vectors.load(stored, at)))
+
+    params = (Pointer("stored", shape.element), Pointer("floats", "float32"), Number("count"))
+    function = Kernel("widen", params, body).function(private=False).with_attr("global_symbol", "widen")
+    code = compile_module(IRModule({"widen": function}), target).inspect_source("s")
+    assert re.search(WIDENING[target.machine, dtype], code)
+    one_by_one = r"\t(v?cvtsi2ss|pinsr\w|vpinsr[bd]|movs[bl]\w*|ldrs?b|ld1\t\{ v\d+\.\w \}\[)"
+    assert not re.search(one_by_one, code.split("widen_compute_:")[-1])
 
 
 @pytest.mark.slow

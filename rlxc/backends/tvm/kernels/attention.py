@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm.tirx import Not, Select, const
+from tvm.tirx import Not, Select, bitwise_and, const
 from tvm.tirx import all as all_of
 from tvm.tirx.script.builder import ir as T
 
 from rlxc.backends.tvm.kernels.attention_block import NOTHING, AttentionKnobs, Block, Rows, State, settled
-from rlxc.backends.tvm.kernels.cache import TILE, CacheShape
+from rlxc.backends.tvm.kernels.cache import CacheShape, Pages
 from rlxc.backends.tvm.kernels.kernel import (
     Buffer,
     Expr,
@@ -65,12 +65,12 @@ def attention_kernel(
     """Attention of queries ``rotated f32[M, heads * D]`` into rows of ``out``, ``out_stride`` elements apart.
 
     Token ``b * step + s`` has position ``past[b] + s``; it sees the positions up to its own, or the last ``window``
-    of these. Their keys and values lie in the cache already, ``caches[b]`` bytes from ``keys`` and from ``values``;
-    a ring holds at least ``window + step - 1`` positions. Scores are scaled, then ``soft_cap`` c makes c tanh(s / c)
+    of these. Their keys and values lie in pages already; entries of a block table before the first position that a
+    token sees, or behind the last token's, are not read. Scores are scaled, then ``soft_cap`` c makes c tanh(s / c)
     of s. ``sinks f32[heads]``, a parameter if asked for, are scores of a key without a value.
 
     Raises:
-        OptionError: heads do not share kv heads evenly.
+        OptionError: heads do not share kv heads evenly, or a block has more keys than a page.
         UnsupportedError: the head's channels do not divide among vectors.
     """
     if heads % shape.kv_heads:
@@ -81,18 +81,18 @@ def attention_kernel(
     attention = _Attention(block, heads, scale, out_stride)
     inputs = [
         Pointer("rotated", "float32"),
-        Pointer("keys", shape.dtype),
-        Pointer("values", shape.dtype),
-        Pointer("caches", "int64"),
+        *shape.params,
         Pointer("past", "int32"),
         *([Pointer("sinks", "float32")] if sinks else []),
     ]
     outputs = (Pointer("workspace", "float32"), Pointer("out", "float32"))
 
     def body(*values: Buffer | Expr) -> None:
-        rotated, keys, memory, caches, past, *sink, workspace, out, sequences, step = values
+        memory = len(shape.params)
+        rotated, pages = values[0], Pages.of(shape, values[1 : 1 + memory])
+        past, *sink, workspace, out, sequences, step = values[1 + memory :]
         given = sink[0] if sinks else None
-        attention.emit(_Call(rotated, keys, memory, caches, past, given, workspace, out, sequences, step))
+        attention.emit(_Call(rotated, pages, past, given, workspace, out, sequences, step))
 
     options = f"{'sinks_' if sinks else ''}{window or 'all'}_{digits(scale)}_{digits(soft_cap or 0)}"
     sizes = f"{vectors.lanes}_{knobs.rows}_{knobs.keys}_{knobs.registers}"
@@ -105,9 +105,7 @@ class _Call:
     """The kernel's parameters."""
 
     rotated: Buffer
-    keys: Buffer
-    values: Buffer
-    caches: Buffer
+    pages: Pages
     past: Buffer
     sinks: Buffer | None
     workspace: Buffer
@@ -215,19 +213,20 @@ class _Attention:
             mixed=local(count * dim, "float32"),
         )
         self._start(call, rows, state)
-        start = settled(self.block.shape.start(call.caches, rows.sequence, rows.kv_head), "int64")
-        # Blocks start at whole tiles of the cache, and splits at whole blocks.
-        from_tile = T.truncdiv(rows.first, TILE)
-        blocks = T.truncdiv(rows.end - from_tile * TILE + (keys - 1), keys)
+        # Blocks divide pages evenly, and splits start at whole blocks.
+        from_block = settled(bitwise_and(rows.first, -keys))
+        blocks = T.truncdiv(rows.end - from_block + (keys - 1), keys)
         share = settled(T.truncdiv(blocks + splits - 1, splits))
-        begin = settled(from_tile * TILE + split * share * keys)
+        begin = settled(from_block + split * share * keys)
         mine = T.max(T.min(share, blocks - split * share), const(0))
         with serial(mine) as block:
             position = settled(begin + block * keys)
-            self.block.score(call.keys, rows, state, start, position)
+            here = self.block.find(call.pages, rows, position)
+            ahead = self.block.find_next(call.pages, rows, state, position)
+            self.block.score(call.pages, rows, state, position, here, ahead)
             self.block.hide(rows, state, position)
             self.block.soften(state)
-            self.block.mix(call.values, rows, state, start, position)
+            self.block.mix(call.pages, rows, state, position, here, ahead)
         with serial(rows.count) as row:
             with when(splits == 1):
                 self._finish(call, rows, state, row)

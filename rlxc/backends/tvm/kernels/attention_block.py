@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
-from tvm.tirx import Ramp, Select, address_of, call_intrin, const
+from tvm.tirx import Ramp, Select, address_of, bitwise_and, call_intrin, const
 from tvm.tirx import any as any_of
 from tvm.tirx.script.builder import ir as T
 
-from rlxc.backends.tvm.kernels.cache import TILE, CacheShape
+from rlxc.backends.tvm.kernels.cache import TILE, CacheShape, Pages
 from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, bind, local, serial, when
 from rlxc.backends.tvm.kernels.math import exp, reduce_max, tanh
 from rlxc.backends.tvm.kernels.rope import dividing
@@ -19,6 +21,9 @@ from rlxc.errors import OptionError
 # A hidden key's score, and the largest score before the first key: finite, so that their differences are, and the
 # first far below the second, so that a block without a visible key adds nothing.
 _HIDDEN, NOTHING = -3e38, -1e30
+
+# Bytes of a cache line; and a tile's positions, as a number of bits.
+_LINE, _TILE_BITS = 64, TILE.bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,22 @@ class State:
 
 
 @dataclass(frozen=True)
-class Block:
-    """The code for one block; the methods follow each other in this order.
+class Place:
+    """Where a block's first key, value and scales are, in elements; scales are those of codes."""
 
-    ``start`` is where the kv head's keys and values begin, ``position`` that of the block's first key.
+    keys: Expr
+    values: Expr
+    scales: Expr | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """The code for one block, whose keys lie in one page; the methods follow each other in this order.
+
+    ``position`` is that of the block's first key, a multiple of the number of keys; ``here`` is its place.
+
+    Raises:
+        OptionError: a block has more keys than a page.
     """
 
     vectors: Vectors
@@ -107,6 +124,14 @@ class Block:
     shape: CacheShape
     window: int | None
     soft_cap: float | None
+
+    def __post_init__(self) -> None:
+        if self.knobs.keys > self.shape.page:
+            raise OptionError(
+                f"blocks of {self.knobs.keys} keys in pages of {self.shape.page}",
+                source="attention knobs",
+                remedy="take fewer keys",
+            )
 
     @property
     def wide(self) -> Vectors:
@@ -118,46 +143,77 @@ class Block:
         row = settled(T.min(rows.begin + row, rows.total - 1))
         return T.truncdiv(row, self.group), rows.kv_head * self.group + T.truncmod(row, self.group)
 
-    def score(self, cache: Buffer, rows: Rows, state: State, start: Expr, position: Expr) -> None:
-        """Scores of a block's keys, capped; of tiles without a visible key, those of the last one with some."""
+    def find(self, pages: Pages, rows: Rows, position: Expr) -> Place:
+        """The place of a block, whose page is there."""
+        page = settled(pages.find(rows.sequence, position), "int64")
+        scales = pages.scale(page, rows.kv_head, position) if self.shape.has_scales else None
+        return Place(
+            settled(pages.key(page, rows.kv_head, position), "int64"),
+            settled(pages.value(page, rows.kv_head, position), "int64"),
+            None if scales is None else settled(scales, "int64"),
+        )
+
+    def find_next(self, pages: Pages, rows: Rows, state: State, position: Expr) -> Place | None:
+        """The place of the block behind, or of the last one: few rows wait for memory, and ask for it early."""
+        if state.rows > self.knobs.rows // 2:
+            return None
+        behind = position + self.knobs.keys
+        return self.find(pages, rows, settled(Select(behind < rows.end, behind, position)))
+
+    def score(
+        self, pages: Pages, rows: Rows, state: State, position: Expr, here: Place, ahead: Place | None
+    ) -> None:
+        """Scores of a block's keys, capped; of keys that nobody sees, anything."""
         dim, lanes, keys = self.shape.head_dim, self.vectors.lanes, self.knobs.keys
         width = 1 << (self.knobs.vectors_beside(state.rows, keys // lanes).bit_length() - 1)
-        last = rows.end - 1
-        # Few sums make a short loop: take two channels at a time.
-        unroll = 2 if state.rows * width <= 8 else 1
+        # Few sums make a short loop: take some channels at a time, codes by the cache line.
+        together = 1
+        if state.rows * width <= 8:
+            together = math.gcd(dim, 4 if self.shape.element_bytes == 1 else 2)
         span = width * lanes
-        with serial(T.truncdiv(T.min(const(keys), rows.end - position) + (span - 1), span)) as i:
-            first = position + i * span
-            tiles = [self._key_tile(start, first + t, last) for t in range(0, span, TILE)]
+        with self._spans(rows, position, span) as i:
+            # A tile has a channel of 16 positions, then the next one.
+            first = settled((i * span >> _TILE_BITS) * (TILE * dim) + bitwise_and(i * span, TILE - 1))
             sums = [local(span, "float32") for _ in range(state.rows)]
             for row in sums:
                 for v in range(width):
                     self.vectors.store(row, v * lanes, self.vectors.splat(0.0))
-            with serial(dim // unroll) as step:
-                for channel in (step * unroll + u for u in range(unroll)):
-                    places = (
-                        tiles[v * lanes // TILE] + (channel * TILE + v * lanes % TILE) for v in range(width)
-                    )
-                    loaded = [self._float(self.vectors, cache, place, state.rows) for place in places]
+            with serial(dim // together) as step:
+                for u in range(together):
+                    channel = step * together + u
+                    within = [
+                        first + (v * lanes // TILE * (TILE * dim) + v * lanes % TILE) + channel * TILE
+                        for v in range(width)
+                    ]
+                    if ahead is not None:
+                        for one in within[:: max(1, TILE // lanes)]:
+                            self._fetch(pages.keys, ahead.keys + one, u * TILE)
+                    loaded = [self._float(self.vectors, pages.keys, here.keys + one) for one in within]
                     self._multiply_add(self.vectors, sums, loaded, state.queries, channel, dim)
-            for row, of_row in enumerate(sums):
-                for v in range(width):
-                    score = self._capped(self.vectors.load(of_row, v * lanes))
-                    self.vectors.store(state.scores, row * keys + i * span + v * lanes, score)
+            for v in range(width):
+                at = i * span + v * lanes
+                if here.scales is not None:
+                    scales = bind(self.vectors.load(pages.key_scales, here.scales + at))
+                for row, of_row in enumerate(sums):
+                    score = self.vectors.load(of_row, v * lanes)
+                    score = self._capped(score if here.scales is None else score * scales)
+                    self.vectors.store(state.scores, row * keys + at, score)
 
-    def _key_tile(self, start: Expr, position: Expr, last: Expr) -> Expr:
-        """The first channel of a position's key, or, past the last one, of a key in the last one's tile."""
-        row = self.shape.row(T.min(position, last - T.truncmod(last, TILE) + T.truncmod(position, TILE)))
-        return settled(start + self.shape.key_tile(settled(row)), "int64")
+    def _spans(self, rows: Rows, position: Expr, span: int) -> Any:
+        """A loop over the parts of a block, ``span`` positions each, that have a key that somebody sees."""
+        end = T.truncdiv(T.min(const(self.knobs.keys), rows.end - position) + (span - 1), span)
+        if self.window is None:
+            return serial(end)
+        return serial(end, settled(T.truncdiv(T.max(rows.first - position, const(0)), span)))
 
-    def _float(self, vectors: Vectors, buffer: Buffer, at: Expr, rows: int) -> Expr:
+    def _fetch(self, buffer: Buffer, at: Expr, offset: int) -> None:
+        """Ask for an element's cache line, if it is ``offset`` elements behind the beginning of one, and begins one."""
+        if offset * self.shape.element_bytes % _LINE == 0:
+            T.evaluate(call_intrin("void", "tirx.prefetch", address_of(buffer[at]), 0, 3, 1))
+
+    def _float(self, vectors: Vectors, buffer: Buffer, at: Expr) -> Expr:
         """A vector of the cache, as f32."""
-        if rows <= self.knobs.rows // 2:
-            # Few rows wait for memory: ask for the same place of the next block. Beyond the end, or a ring's turn,
-            # that is some other place, which does no harm.
-            ahead = address_of(buffer[at + self.knobs.keys * self.shape.head_dim])
-            T.evaluate(call_intrin("void", "tirx.prefetch", ahead, 0, 3, 1))
-        return bind(vectors.floats(vectors.load(buffer, at)))
+        return bind(self.shape.floats(vectors, vectors.load(buffer, at)))
 
     def _multiply_add(
         self, vectors: Vectors, sums: list[Buffer], loaded: list[Expr], factors: Buffer, at: Expr, stride: int
@@ -220,19 +276,41 @@ class Block:
                     vectors.store(total, 0, vectors.load(total, 0) + power)
             vectors.store(state.sums, row * lanes, vectors.load(total, 0))
 
-    def mix(self, values: Buffer, rows: Rows, state: State, start: Expr, position: Expr) -> None:
+    def mix(
+        self, pages: Pages, rows: Rows, state: State, position: Expr, here: Place, ahead: Place | None
+    ) -> None:
         """Shrink the mixed values, and add the block's, each times its power."""
+        if here.scales is not None:
+            self._weigh(pages, state, here.scales)
         wide, count = self.wide, self.shape.head_dim // self.wide.lanes
         parts = -(-count // self.knobs.vectors_beside(state.rows, count))
         width = -(-count // parts)
         with serial(count // width) as part:
-            self._mix_channels(values, rows, state, start, position, part * (width * wide.lanes), width)
+            channel = part * (width * wide.lanes)
+            self._mix_channels(pages, rows, state, position, here, ahead, channel, width)
         if count % width:
             channel = const(count // width * width * wide.lanes)
-            self._mix_channels(values, rows, state, start, position, channel, count % width)
+            self._mix_channels(pages, rows, state, position, here, ahead, channel, count % width)
+
+    def _weigh(self, pages: Pages, state: State, place: Expr) -> None:
+        """Multiply powers by the scales of their values; those of keys that nobody sees do not count any more."""
+        lanes, keys = self.vectors.lanes, self.knobs.keys
+        with serial(keys // lanes) as v:
+            scales = bind(self.vectors.load(pages.value_scales, place + v * lanes))
+            for row in range(state.rows):
+                at = row * keys + v * lanes
+                self.vectors.store(state.scores, at, self.vectors.load(state.scores, at) * scales)
 
     def _mix_channels(
-        self, values: Buffer, rows: Rows, state: State, start: Expr, position: Expr, channel: Expr, width: int
+        self,
+        pages: Pages,
+        rows: Rows,
+        state: State,
+        position: Expr,
+        here: Place,
+        ahead: Place | None,
+        channel: Expr,
+        width: int,
     ) -> None:
         """The same for ``width`` vectors of channels."""
         wide, dim, keys = self.wide, self.shape.head_dim, self.knobs.keys
@@ -241,18 +319,15 @@ class Block:
             shrink = bind(wide.load(state.shrink, row * self.vectors.lanes))
             for v in range(0, width * wide.lanes, wide.lanes):
                 wide.store(of_row, v, wide.load(state.mixed, row * dim + channel + v) * shrink)
-        # The rows of a linear cache lie in one piece, those of a ring in tiles. Rows that nobody sees may never
-        # have been written: even times zero they must not count.
-        piece = TILE if self.shape.ring else keys
-        with serial(T.truncdiv(T.min(const(keys), rows.end - position) + (piece - 1), piece)) as i:
-            from_position = settled(position + i * piece)
-            place = settled(start + self.shape.row(from_position) * dim + channel, "int64")
-            begin = settled(T.max(rows.first - from_position, const(0)))
-            end = T.min(const(piece), rows.end - from_position)
-            with serial(end, begin) as key:
-                at = (place + key * dim + v * wide.lanes for v in range(width))
-                loaded = [self._float(wide, values, one, state.rows) for one in at]
-                self._multiply_add(wide, sums, loaded, state.scores, i * piece + key, keys)
+        # Rows that nobody sees may never have been written: even times zero they must not count.
+        begin = settled(T.max(rows.first - position, const(0)))
+        with serial(T.min(const(keys), rows.end - position), begin) as key:
+            within = [key * dim + channel + v * wide.lanes for v in range(width)]
+            if ahead is not None:
+                for v, one in enumerate(within):
+                    self._fetch(pages.values, ahead.values + one, v * wide.lanes)
+            loaded = [self._float(wide, pages.values, here.values + one) for one in within]
+            self._multiply_add(wide, sums, loaded, state.scores, key, keys)
         for row, of_row in enumerate(sums):
             for v in range(0, width * wide.lanes, wide.lanes):
                 wide.store(state.mixed, row * dim + channel + v, wide.load(of_row, v))

@@ -1,138 +1,155 @@
-"""The KV cache: where its elements lie, and the kernel that rotates and writes a step's keys.
+"""The KV cache: pages that sequences share, where their elements lie, and how those are stored.
 
-A layer's part of a sequence's cache holds keys ``[K][capacity / 16][D][16]``, 16 positions side by side, so that
-scores need no sums across a vector; and values ``[K][capacity][D]``. Position p lies in row p of a linear cache,
-and in row p mod capacity of a ring.
+A page holds ``page`` positions. In a layer's share of it keys are ``[K][page / 16][D][16]``, 16 positions side by side,
+so that scores need no sums across a vector; values are ``[K][page][D]``. Codes of 8 bits have scales ``f32 [K][page]``
+for keys, and as many for values: one for each position and head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-from tvm.tirx import Cast
+from tvm.tirx import Cast, bitwise_and
 from tvm.tirx.script.builder import ir as T
 
-from rlxc.backends.tvm.kernels.kernel import (
-    Buffer,
-    Expr,
-    Kernel,
-    Number,
-    Pointer,
-    bind,
-    for_rows,
-    local,
-    serial,
-)
-from rlxc.backends.tvm.kernels.rope import rotate
+from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, Pointer
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.errors import OptionError
-from rlxc.ir.rope import RopeSpec
 
 TILE = 16
 """Positions whose keys lie side by side."""
 
+CacheType = Literal["float32", "float16", "bfloat16", "int8"]
+"""How keys and values are stored: as floats, or as codes of 8 bits with a scale."""
+
+# What kernels load and store, and its bytes.
+_ELEMENTS: Final[dict[CacheType, tuple[str, int]]] = {
+    "float32": ("float32", 4),
+    "float16": ("float16", 2),
+    "bfloat16": ("uint16", 2),
+    "int8": ("int8", 1),
+}
+
 
 @dataclass(frozen=True)
 class CacheShape:
-    """One layer's part of a sequence's cache.
+    """One layer's share of a page.
 
     Raises:
-        OptionError: ``capacity`` is not a positive multiple of 16.
+        OptionError: ``page`` is not a power of two of at least 16.
     """
 
     kv_heads: int
     head_dim: int
-    capacity: int
-    ring: bool
-    dtype: Literal["float16", "float32"]
+    page: int
+    dtype: CacheType
 
     def __post_init__(self) -> None:
-        if self.capacity <= 0 or self.capacity % TILE:
+        if self.page < TILE or self.page & (self.page - 1):
             raise OptionError(
-                f"a capacity of {self.capacity} positions",
+                f"pages of {self.page} positions",
                 source="KV cache",
-                remedy=f"round it up to a multiple of {TILE}",
+                remedy=f"take a power of two of at least {TILE}",
             )
 
     @property
     def name(self) -> str:
         """All of it, as part of a kernel's name."""
-        kind = "ring" if self.ring else "linear"
-        return f"{self.kv_heads}x{self.head_dim}_{kind}{self.capacity}_{self.dtype}"
+        return f"{self.kv_heads}x{self.head_dim}_pages{self.page}_{self.dtype}"
 
-    def start(self, caches: Buffer, sequence: Expr, kv_head: Expr) -> Expr:
-        """The first element of a sequence's kv head, in keys and in values; ``caches`` holds bytes."""
-        element = 2 if self.dtype == "float16" else 4
-        size = self.capacity * self.head_dim
-        return T.truncdiv(caches[sequence], element) + Cast("int64", kv_head) * size
+    @property
+    def has_scales(self) -> bool:
+        """Whether elements are codes."""
+        return self.dtype == "int8"
 
-    def row(self, position: Expr) -> Expr:
-        """The row of a position."""
-        return T.truncmod(position, self.capacity) if self.ring else position
+    @property
+    def element(self) -> str:
+        """The type that kernels load and store; bf16 is its bits."""
+        return _ELEMENTS[self.dtype][0]
 
-    def key_tile(self, row: Expr) -> Expr:
-        """Where the first channel of a row's key lies, from :meth:`start` on; the next ones lie 16 apart."""
-        return T.truncdiv(row, TILE) * (TILE * self.head_dim) + T.truncmod(row, TILE)
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element."""
+        return _ELEMENTS[self.dtype][1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys in a page, or of the values, without scales."""
+        return self.kv_heads * self.page * self.head_dim * self.element_bytes
+
+    @property
+    def params(self) -> tuple[Pointer, ...]:
+        """The parameters of a kernel from which :meth:`Pages.of` makes its view."""
+        elements = (Pointer("keys", self.element), Pointer("values", self.element))
+        scales = (Pointer("key_scales", "float32"), Pointer("value_scales", "float32"))
+        tables = (Pointer("tables", "int64"), Pointer("table", "int64"))
+        return (*tables, *elements, *(scales if self.has_scales else ()))
+
+    def floats(self, vectors: Vectors, stored: Expr) -> Expr:
+        """A vector of elements as f32; codes as they are."""
+        return vectors.widen_bf16(stored) if self.dtype == "bfloat16" else vectors.floats(stored)
+
+    def rounded(self, vectors: Vectors, value: Expr) -> Expr:
+        """A vector of f32 as elements that are floats: the nearest ones, of two the even one."""
+        if self.dtype == "bfloat16":
+            return vectors.round_to_bf16(value)
+        return Cast(f"{self.element}x{vectors.lanes}", value)
 
 
-def rotate_and_write_kernel(
-    vectors: Vectors,
-    *,
-    heads: int,
-    shape: CacheShape,
-    rope: RopeSpec | None,
-    q_stride: int,
-    k_stride: int,
-    v_stride: int,
-) -> Kernel:
-    """Rotates queries into ``rotated f32[M, heads * D]``, and keys, with the values, into the caches.
+@dataclass(frozen=True)
+class Pages:
+    """One layer's keys and values in the pages of all sequences of a step.
 
-    Token ``b * step + s`` takes position ``past[b] + s`` of sequence ``b``, whose cache lies ``caches[b]`` bytes
-    from ``keys`` and from ``values``. Rows of q, k and v are ``q_stride``, ``k_stride`` and ``v_stride`` elements
-    apart. Without ``rope`` there is no parameter ``angles``, and queries are copied.
-
-    Raises:
-        UnsupportedError: a number of channels does not divide among vectors.
+    ``tables[s]`` is the distance of sequence s's block tables from an anchor, in bytes; this layer's is found as far
+    from ``table``. Entry i of it says how far from the anchor the page of positions ``page * i`` and following is, in
+    bytes; its keys, values and scales are as far from ``keys``, ``values``, ``key_scales`` and ``value_scales``.
     """
-    dim, kv_heads = shape.head_dim, shape.kv_heads
 
-    def body(q: Buffer, k: Buffer, v: Buffer, *rest: Buffer | Expr) -> None:
-        *tables, past, caches, keys, values, rotated, sequences, step = rest
-        angles = tables[0] if tables else None
+    shape: CacheShape
+    tables: Buffer
+    table: Buffer
+    keys: Buffer
+    values: Buffer
+    key_scales: Buffer | None
+    value_scales: Buffer | None
 
-        def write(token: Expr, _: Expr) -> None:
-            turn = token * rope.dim if rope is not None else None
-            sequence = bind(T.truncdiv(token, step))
-            row = bind(shape.row(past[sequence] + T.truncmod(token, step)))
-            with serial(heads) as head:
-                at = token * q_stride + head * dim
-                for narrow, channel, value in rotate(vectors, rope, dim, q, at, angles, turn):
-                    narrow.store(rotated, (token * heads + head) * dim + channel, value)
-            with serial(kv_heads) as head:
-                start = bind(shape.start(caches, sequence, head))
-                key = local(dim, shape.dtype)
-                at = token * k_stride + head * dim
-                for narrow, channel, value in rotate(vectors, rope, dim, k, at, angles, turn):
-                    narrow.store(key, channel, _stored(narrow, value, shape.dtype))
-                first = bind(start + shape.key_tile(row))
-                with serial(dim) as channel:
-                    T.buffer_store(keys, key[channel], [first + channel * TILE])
-                at = token * v_stride + head * dim
-                for narrow, channel, value in rotate(vectors, None, dim, v, at, None, None):
-                    value = _stored(narrow, value, shape.dtype)
-                    narrow.store(values, start + row * dim + channel, value)
+    @classmethod
+    def of(cls, shape: CacheShape, buffers: Sequence[Buffer]) -> Pages:
+        """The view of what a kernel is given for ``shape.params``."""
+        tables, table, keys, values, *scales = buffers
+        key_scales, value_scales = scales if shape.has_scales else (None, None)
+        return cls(shape, tables, table, keys, values, key_scales, value_scales)
 
-        for_rows(bind(sequences * step), write)
+    def find(self, sequence: Expr, position: Expr) -> Expr:
+        """The page of a position, as its int64 distance from the anchor in bytes."""
+        entry = Cast("int64", position >> _log2(self.shape.page))
+        return self.table[(self.tables[sequence] >> T.int64(3)) + entry]
 
-    inputs = [Pointer(name, "float32") for name in ("q", "k", "v", *(["angles"] if rope else []))]
-    memory = [Pointer("keys", shape.dtype), Pointer("values", shape.dtype), Pointer("rotated", "float32")]
-    params = (*inputs, Pointer("past", "int32"), Pointer("caches", "int64"), *memory)
-    turned = f"rope{rope.dim}{'i' if rope.interleaved else ''}" if rope is not None else "unrotated"
-    strides = f"{q_stride}_{k_stride}_{v_stride}"
-    name = f"rotate_and_write_{vectors.lanes}_{heads}_{shape.name}_{turned}_{strides}"
-    return Kernel(name, (*params, Number("sequences"), Number("step")), body)
+    def key(self, page: Expr, kv_head: Expr, position: Expr) -> Expr:
+        """Where in ``keys`` the first channel of a position's key is; the next ones lie 16 apart."""
+        dim, row = self.shape.head_dim, self._row(position)
+        within = (row >> _log2(TILE)) * (TILE * dim) + bitwise_and(row, TILE - 1)
+        return self._element(page) + Cast("int64", kv_head * (self.shape.page * dim) + within)
+
+    def value(self, page: Expr, kv_head: Expr, position: Expr) -> Expr:
+        """Where in ``values`` a position's value begins; the next position's lies behind it."""
+        return self._element(page) + Cast("int64", self._place(kv_head, position) * self.shape.head_dim)
+
+    def scale(self, page: Expr, kv_head: Expr, position: Expr) -> Expr:
+        """Where in ``key_scales``, and in ``value_scales``, a position's scale is; the next one lies behind it."""
+        return (page >> T.int64(2)) + Cast("int64", self._place(kv_head, position))
+
+    def _element(self, page: Expr) -> Expr:
+        return page >> T.int64(_log2(self.shape.element_bytes))
+
+    def _place(self, kv_head: Expr, position: Expr) -> Expr:
+        return kv_head * self.shape.page + self._row(position)
+
+    def _row(self, position: Expr) -> Expr:
+        return bitwise_and(position, self.shape.page - 1)
 
 
-def _stored(vectors: Vectors, value: Expr, dtype: str) -> Expr:
-    return Cast(f"{dtype}x{vectors.lanes}", value)
+def _log2(power: int) -> int:
+    return power.bit_length() - 1

@@ -21,7 +21,7 @@ from tvm.tirx import (
 )
 from tvm.tirx.script.builder import ir as T
 
-from rlxc.backends.tvm.kernels.kernel import Buffer, Expr
+from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, bind
 from rlxc.backends.tvm.targets import CpuTarget, Dot
 
 
@@ -58,6 +58,13 @@ class Vectors:
         """bf16, given as u16, as f32: the upper half of its bits."""
         # TVM's own conversion takes a vector that is bound to a name for integers.
         return self.as_floats(Cast(f"int32x{self.lanes}", value) << self.splat(16, "int32"))
+
+    def round_to_bf16(self, value: Expr) -> Expr:
+        """f32 as the nearest bf16, of two the even one, given as u16."""
+        bits = bind(self.as_words(value))
+        odd = bitwise_and(bits >> self.splat(16, "int32"), self.splat(1, "int32"))
+        upper = (bits + self.splat(0x7FFF, "int32") + odd) >> self.splat(16, "int32")
+        return Cast(f"uint16x{self.lanes}", upper)
 
     def ints(self, value: Expr) -> Expr:
         """The vector, as i32."""

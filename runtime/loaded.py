@@ -1,0 +1,100 @@
+"""A loaded artifact: what a session and its forks use together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rlxc.artifact import Artifact, Verification
+from rlxc.errors import SessionError
+from rlxc.runtime.engines import Engine
+from rlxc.runtime.model import Model
+from rlxc.runtime.prefix import PrefixCache
+from rlxc.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rlxc.runtime.chat import ChatTemplate
+
+ReadTokenizer = Callable[[], Tokenizer]
+
+
+class Loaded:
+    """An artifact and the engine that runs it, until the last session that uses them is closed.
+
+    Attributes:
+        artifact: what is loaded.
+        verification: of its files' digests.
+        model: runs it.
+        prefixes: what was read before and may be read again.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        engine: Engine[Any, Any],
+        verification: Verification,
+        read_tokenizer: ReadTokenizer,
+        prefix_cache: int,
+    ) -> None:
+        self.artifact, self.verification = artifact, verification
+        self.model = Model(artifact, engine, verification)
+        self.prefixes = PrefixCache(self.model, prefix_cache)
+        self._read_tokenizer = read_tokenizer
+        self._lock = threading.Lock()
+        self._users = 0
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back."""
+        self.verification.wait("tokenizer.json")
+        return self._read_tokenizer()
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """How messages become a prompt, or None if the model has no chat format."""
+        # Imported here because jinja2 takes a while, and most sessions do not chat.
+        from rlxc.runtime.chat import ChatTemplate
+
+        name = "chat_template.jinja"
+        if name not in self.artifact.manifest.files:
+            return None
+        source = self.artifact.file(name)
+        self.verification.wait(name)
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_ids[:1]
+        return ChatTemplate(
+            source.read_text(encoding="utf-8"),
+            bos_token="" if bos is None else self.tokenizer.piece(bos),
+            eos_token=self.tokenizer.piece(eos[0]) if eos else "",
+        )
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Keep other threads out.
+
+        Raises:
+            SessionError: one is in.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SessionError(
+                "another thread is using the session, or a fork of it",
+                remedy="load one session for each thread",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def enter(self) -> None:
+        """One more session uses it."""
+        self._users += 1
+
+    def leave(self) -> None:
+        """One session less uses it; after the last one, the engine is closed."""
+        self._users -= 1
+        if not self._users:
+            self.verification.close()
+            self.prefixes.clear()
+            self.model.engine.close()
