@@ -86,6 +86,16 @@ class PrefixCache:
         self._entries.append(new)
         self._drop_oldest()
 
+    def keep_point(self, sequence: TokenSequence, before: int) -> None:
+        """Remember a prompt that is being read, every 512 tokens, where layers have sliding windows.
+
+        Args:
+            sequence: what holds it.
+            before: how many tokens it held when this was called last.
+        """
+        if self._loses_tokens and sequence.position // POINT_EVERY > before // POINT_EVERY:
+            self.keep(sequence)
+
     def read(self, tokens: Tokens, stack: Stack) -> tuple[TokenSequence, StepLogits, int]:
         """Read a whole prompt, as far as it is not known, and remember it.
 
@@ -98,15 +108,14 @@ class PrefixCache:
         """
         self._model.check_room(len(tokens))
         sequence = self.begin(tokens, stack)
-        known = last_point = sequence.position
+        known = before = sequence.position
 
-        def keep_point() -> None:
-            nonlocal last_point
-            if self._loses_tokens and sequence.position - last_point >= POINT_EVERY:
-                last_point = sequence.position
-                self.keep(sequence)
+        def after_step() -> None:
+            nonlocal before
+            self.keep_point(sequence, before)
+            before = sequence.position
 
-        logits = self._model.prefill(sequence, tokens[known:], stack, keep_point)
+        logits = self._model.prefill(sequence, tokens[known:], stack, after_step)
         self.keep(sequence)
         return sequence, logits, known
 

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from rlxc.errors import OptionError
+from rlxc.errors import OptionError, QueueFullError
 
 Item = TypeVar("Item")
+
+Clock = Callable[[], float]
+"""Seconds from some moment on, never less than before."""
 
 
 @dataclass
 class _Waiting(Generic[Item]):
     item: Item
     adapter: Hashable
+    deadline: float
     overtaken: int = 0
 
 
-class AdapterScheduler(Generic[Item]):
-    """A queue of requests, grouped by adapter.
+class Scheduler(Generic[Item]):
+    """A bounded queue of requests, grouped by adapter.
 
     A batch goes on with the adapter of the one before while requests for it wait, then with the adapter whose first
     request has waited longest. Requests for one adapter run in the order in which they came.
 
     No request waits forever: one that was overtaken by a younger one in ``patience`` batches comes before all others
     that were not. So with batches of ``n``, a request that found ``k`` others waiting runs in batch
-    ``patience + k // n + 1`` after it came, or before.
+    ``patience + k // n + 1`` after it came, or before. However large each batch is, at most ``k + patience * n`` others
+    run before it, where ``n`` is the largest. Requests that are cancelled or expire make the wait no longer.
 
     Args:
         patience: in how many batches a request can be overtaken; with 0, all run in the order in which they came.
+        max_waiting: how many requests wait at most.
+        clock: what deadlines are compared with.
 
     Raises:
-        OptionError: ``patience`` is no integer, 0 or more.
+        OptionError: ``patience`` is no integer, 0 or more, or ``max_waiting`` none, 1 or more.
     """
 
-    def __init__(self, patience: int = 4) -> None:
-        self._patience = _checked_count("patience", patience)
+    def __init__(self, patience: int = 4, *, max_waiting: int = 1024, clock: Clock = time.monotonic) -> None:
+        self._patience = checked_count("patience", patience, 0)
+        self._max_waiting = checked_count("max_waiting", max_waiting, 1)
+        self._clock = clock
         self._waiting: dict[int, _Waiting[Item]] = {}  # by ticket, the oldest first
         self._tickets = 0
         self._current: Hashable = None
@@ -45,31 +56,61 @@ class AdapterScheduler(Generic[Item]):
         """The number of requests that wait."""
         return len(self._waiting)
 
-    def submit(self, item: Item, adapter: Hashable = None) -> int:
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests wait as may; those that expired count until :meth:`expired` takes them out."""
+        return len(self._waiting) >= self._max_waiting
+
+    def submit(self, item: Item, adapter: Hashable = None, deadline: float = math.inf) -> int:
         """Add a request.
 
         Args:
             item: given back when its turn comes.
             adapter: what to group by: equal values are the same adapter.
+            deadline: when nobody wants it any more, in seconds of the clock.
 
         Returns:
             A ticket for :meth:`cancel`.
+
+        Raises:
+            QueueFullError: the queue is full.
         """
+        self.check_room()
         self._tickets += 1
-        self._waiting[self._tickets] = _Waiting(item, adapter)
+        self._waiting[self._tickets] = _Waiting(item, adapter, deadline)
         return self._tickets
+
+    def check_room(self) -> None:
+        """Refuse a request more than may wait.
+
+        Raises:
+            QueueFullError: the queue is full.
+        """
+        if self.is_full:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests wait already, as many as may",
+                remedy="submit it again when some have run, or raise max_waiting",
+            )
 
     def cancel(self, ticket: int) -> bool:
         """Take a request out of the queue; returns whether it still waited."""
         return self._waiting.pop(ticket, None) is not None
 
+    def expired(self) -> list[Item]:
+        """Take out the requests whose deadline has come, the oldest first."""
+        now = self._clock()
+        over = [ticket for ticket, waiting in self._waiting.items() if waiting.deadline <= now]
+        return [self._waiting.pop(ticket).item for ticket in over]
+
     def next_batch(self, limit: int) -> list[Item]:
         """Take out the requests that run next, at most ``limit``; fewer only if no more wait.
+
+        It looks at no deadlines: take out what has expired before.
 
         Raises:
             OptionError: ``limit`` is no integer, 0 or more.
         """
-        limit = _checked_count("limit", limit)
+        limit = checked_count("limit", limit, 0)
         if not limit:
             return []
         chosen = self._choose(limit)
@@ -98,7 +139,12 @@ class AdapterScheduler(Generic[Item]):
         return chosen
 
 
-def _checked_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionError(f"{name} must be an integer, 0 or more, got {value!r}")
+def checked_count(name: str, value: int, least: int) -> int:
+    """An option that counts something, ``least`` or more.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{name} must be an integer, {least} or more, got {value!r}")
     return value

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlxc.errors import OptionError, RlxcError, RollbackError, SessionError
-from rlxc.runtime.batch import Job, Request, run_batch
+from rlxc.runtime.batch import Batch, Job, Request
 from rlxc.runtime.drafters import Drafter, NgramDrafter
 from rlxc.runtime.engines import Engine
 from rlxc.runtime.loaded import Loaded
@@ -312,7 +312,7 @@ class Session:
         """Generate several texts at once, each with its own prompt, adapters and options.
 
         A step of the model gives every text a token. Where one ends, a request that waits takes its place: those for
-        the same adapters run together, but none waits for long (see :class:`AdapterScheduler`). Each text is what
+        the same adapters run together, but none waits for long (see :class:`Batch`). Each text is what
         :meth:`generate` makes of its request alone, up to the rounding of sums that are added in another order. The
         session's own sequence stays as it is.
 
@@ -331,12 +331,50 @@ class Session:
             OptionError: an option is out of range.
             RlxcError: as :meth:`generate`. Nothing has run if a request is refused, and the error names it.
         """
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise OptionError(f"max_batch must be an integer, 1 or more, got {max_batch!r}")
         with self._using():
-            jobs = [self._job(request, i) for i, request in enumerate(requests)]
-            run_batch(self._model, jobs, min(max_batch, self.engine.max_step))
-        return [job.completion() for job in jobs]
+            batch = Batch(
+                self._model,
+                self._loaded.prefixes,
+                self._job,
+                max_batch=max_batch,
+                max_waiting=max(1, len(requests)),
+            )
+            numbers: dict[int, int] = {}
+            for i, request in enumerate(requests):
+                with _in_request(i):
+                    numbers[batch.submit(request)] = i
+            texts: dict[int, Completion] = {}
+            with batch:
+                for event in batch.run():
+                    if event.error is not None:
+                        with _in_request(numbers[event.ticket]):
+                            raise event.error
+                    if event.completion is not None:
+                        texts[event.ticket] = event.completion
+        return [texts[ticket] for ticket in numbers]
+
+    def batch(self, *, max_batch: int = 8, token_budget: int = 256, max_waiting: int = 1024) -> Batch:
+        """Texts that are made together, with requests that come and go while it runs; see :class:`Batch`.
+
+        The session may be put to other use between its rounds.
+
+        Args:
+            max_batch: how many texts are in work at once, each with a cache of its own; the engine may take fewer.
+            token_budget: how many tokens of prompts are read at most between two tokens of the texts that run.
+            max_waiting: how many requests wait at most.
+
+        Raises:
+            OptionError: an option is no integer, 1 or more.
+        """
+        return Batch(
+            self._model,
+            self._loaded.prefixes,
+            self._job,
+            max_batch=max_batch,
+            token_budget=token_budget,
+            max_waiting=max_waiting,
+            using=self._using,
+        )
 
     def reset(self) -> None:
         """Start a new, empty sequence."""
@@ -406,14 +444,20 @@ class Session:
             on_full=on_full,
         )
 
-    def _job(self, request: Request, number: int) -> Job:
+    def _job(self, request: Request) -> Job:
         if not isinstance(request, Request):
-            raise OptionError(f"request {number} is {request!r}", remedy="make it a rlxc.runtime.Request")
-        try:
-            tokens, text = self._begin(request.prompt, request.max_tokens, request.stop, "stop")
-            adapters = request.adapters
-            stack = self.adapters.stack if adapters is None else self.adapters.stack_of(adapters)
-        except RlxcError as error:
-            problem = f"request {number}: {error.problem}"
-            raise type(error)(problem, source=error.source, remedy=error.remedy) from error
+            raise OptionError(f"{request!r} is no request", remedy="make it a rlxc.runtime.Request")
+        tokens, text = self._begin(request.prompt, request.max_tokens, request.stop, request.on_full)
+        adapters = request.adapters
+        stack = self.adapters.stack if adapters is None else self.adapters.stack_of(adapters)
         return Job(tokens, stack, Sampler(request.sampling), text)
+
+
+@contextmanager
+def _in_request(number: int) -> Iterator[None]:
+    """Say which request an error is about."""
+    try:
+        yield
+    except RlxcError as error:
+        problem = f"request {number}: {error.problem}"
+        raise type(error)(problem, source=error.source, remedy=error.remedy) from error

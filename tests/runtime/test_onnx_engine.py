@@ -81,15 +81,13 @@ def text(count: int, seed: int = 0) -> list[int]:
 def test_logits_of_a_split_step_come_in_the_order_that_was_asked_for(
     engine: OnnxRuntimeEngine, kv_cache: str
 ) -> None:
-    ids, cache = text(17 + MAX_STEP), engine.new_cache()
-    read(engine, cache, ids[:12])
-    expected = engine.step([cache.fork()], np.array([ids[12:20]]), np.arange(8)).values
-    rows = np.array([7, 0, 5, 4])
-    logits = engine.step([cache], np.array([ids[12:20]]), rows).values
-    assert cache.groups[0].group.longest(12, 8) == 5  # it really was split
-    np.testing.assert_allclose(logits[0], expected[0][rows], atol=TOLERANCE[kv_cache])
+    ids, cache = text(18), engine.new_cache()
+    read(engine, cache, ids[:9])
+    rows = np.array([8, 0, 5, 4])
+    assert cache.groups[0].group.longest(9, 9) == 8  # the last token has to wait
+    logits = engine.step([cache], np.array([ids[9:]]), rows).values
     for row, logit in zip(rows, logits[0]):
-        alone = read(engine, engine.new_cache(), ids[: 12 + row + 1])
+        alone = read(engine, engine.new_cache(), ids[: 9 + row + 1])
         np.testing.assert_allclose(logit, alone, atol=TOLERANCE[kv_cache])
 
 
@@ -166,7 +164,7 @@ BAD_ALLOC = (
 )
 
 
-@pytest.mark.parametrize(("step", "good"), [(1, 0), (4, 0), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("step", "good"), [(1, 0), (4, 0), (4, 1)])
 def test_step_without_memory_changes_no_cache(
     engine: OnnxRuntimeEngine,
     fresh: Logits,
@@ -178,12 +176,11 @@ def test_step_without_memory_changes_no_cache(
     texts = [text(17), text(15, 1)]  # a ring is full at 17
     caches = [engine.new_cache() for _ in texts]
     for cache, ids in zip(caches, texts):
-        read(engine, cache, ids)
+        read(engine, cache, ids[:-1])
+    engine.step(caches, np.array([[ids[-1]] for ids in texts]), NO_ROWS)
     new = np.reshape(text(2 * step, 2), (2, step))
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_session", Failing(engine._session, good, BAD_ALLOC))
-        for cache in caches:
-            engine.bindings.pop(cache)
         with pytest.raises(MemoryError):
             engine.step(caches, new, NO_ROWS)
     for cache, ids in zip(caches, texts):

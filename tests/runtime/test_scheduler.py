@@ -1,22 +1,23 @@
-"""The queue of requests: grouped by adapter, in order within one, and nobody waits too long."""
+"""The queue of requests: grouped by adapter, in order within one, bounded, and nobody waits too long."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlxc.errors import OptionError
-from rlxc.runtime import AdapterScheduler
+from rlxc.errors import OptionError, QueueFullError
+from rlxc.runtime import Scheduler
 
 ADAPTERS = st.sampled_from(["a", "b", "c", None])
 
 
-def queue(adapters: str, patience: int = 4) -> AdapterScheduler[str]:
+def queue(adapters: str, patience: int = 4) -> Scheduler[str]:
     """A queue of requests ``a0 b1 a2 ...`` for the adapters named by letters."""
-    scheduler: AdapterScheduler[str] = AdapterScheduler(patience)
+    scheduler: Scheduler[str] = Scheduler(patience)
     for number, adapter in enumerate(adapters):
         scheduler.submit(f"{adapter}{number}", adapter)
     return scheduler
@@ -58,7 +59,7 @@ def test_without_patience_the_first_to_come_is_the_first_to_run() -> None:
 
 
 def test_cancelled_request_does_not_run() -> None:
-    scheduler: AdapterScheduler[int] = AdapterScheduler()
+    scheduler: Scheduler[int] = Scheduler()
     tickets = [scheduler.submit(number, "a") for number in range(3)]
     assert scheduler.cancel(tickets[1])
     assert not scheduler.cancel(tickets[1])
@@ -67,7 +68,7 @@ def test_cancelled_request_does_not_run() -> None:
 
 
 def test_empty_queue_has_no_batch() -> None:
-    scheduler: AdapterScheduler[int] = AdapterScheduler()
+    scheduler: Scheduler[int] = Scheduler()
     assert (len(scheduler), scheduler.next_batch(4)) == (0, [])
 
 
@@ -80,9 +81,40 @@ def test_batch_of_none_changes_nothing() -> None:
 @pytest.mark.parametrize("value", [-1, 1.5, True, None])
 def test_counts_that_are_none_are_refused(value: Any) -> None:
     with pytest.raises(OptionError, match="patience must be an integer, 0 or more"):
-        AdapterScheduler(value)
+        Scheduler(value)
     with pytest.raises(OptionError, match="limit must be an integer, 0 or more"):
         queue("a").next_batch(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
+def test_queue_without_a_bound_is_refused(value: Any) -> None:
+    with pytest.raises(OptionError, match="max_waiting must be an integer, 1 or more"):
+        Scheduler(max_waiting=value)
+
+
+def test_full_queue_takes_no_more_until_one_leaves() -> None:
+    scheduler: Scheduler[str] = Scheduler(max_waiting=2)
+    tickets = [scheduler.submit(item) for item in "ab"]
+    assert scheduler.is_full
+    with pytest.raises(QueueFullError, match=r"2 requests wait already.*raise max_waiting"):
+        scheduler.submit("c")
+    assert scheduler.cancel(tickets[0])
+    assert not scheduler.is_full
+    scheduler.submit("d")
+    assert scheduler.next_batch(4) == ["b", "d"]
+
+
+def test_expired_requests_are_taken_out_when_their_time_has_come() -> None:
+    now = 10.0
+    scheduler: Scheduler[str] = Scheduler(max_waiting=4, clock=lambda: now)
+    for item, deadline in (("a", 12.0), ("b", 11.0), ("c", math.inf), ("d", 12.5)):
+        scheduler.submit(item, deadline=deadline)
+    assert scheduler.expired() == []
+    now = 12.0
+    assert scheduler.is_full
+    assert scheduler.expired() == ["a", "b"]
+    assert scheduler.expired() == []
+    assert scheduler.next_batch(4) == ["c", "d"]
 
 
 # Each event: requests that come for these adapters, of which the last may be cancelled; then a batch of this size.
@@ -91,7 +123,7 @@ EVENTS = st.lists(st.tuples(st.lists(ADAPTERS, max_size=6), st.booleans(), st.in
 
 @given(events=EVENTS, patience=st.integers(0, 3))
 def test_every_request_runs_once_and_in_order_within_its_adapter(events: Any, patience: int) -> None:
-    scheduler: AdapterScheduler[tuple[str | None, int]] = AdapterScheduler(patience)
+    scheduler: Scheduler[tuple[str | None, int]] = Scheduler(patience)
     expected: set[tuple[str | None, int]] = set()
     ran: list[tuple[str | None, int]] = []
     number = 0
@@ -121,10 +153,36 @@ def test_every_request_runs_once_and_in_order_within_its_adapter(events: Any, pa
     limit=st.integers(1, 4),
 )
 def test_no_request_waits_longer_than_promised(arrivals: Any, patience: int, limit: int) -> None:
-    scheduler: AdapterScheduler[tuple[int, int]] = AdapterScheduler(patience)
+    scheduler: Scheduler[tuple[int, int]] = Scheduler(patience)
     for batch, adapters in enumerate(arrivals + [[]] * 300):
         for adapter in adapters:
             scheduler.submit((batch, len(scheduler)), adapter)  # when it came, and how many it found waiting
         for came, found in scheduler.next_batch(limit):
             assert batch - came <= patience + found // limit
+    assert len(scheduler) == 0
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.lists(st.tuples(ADAPTERS, st.integers(1, 9)), max_size=8), st.integers(0, 4)),
+        min_size=1,
+        max_size=30,
+    ),
+    patience=st.integers(0, 3),
+)
+def test_no_more_run_before_a_request_than_promised_whatever_the_sizes_of_batches(
+    arrivals: Any, patience: int
+) -> None:
+    """Some expire on their way; that makes nobody wait longer."""
+    now, ran, largest = 0, 0, max(limit for _, limit in arrivals) or 1
+    scheduler: Scheduler[tuple[int, int]] = Scheduler(patience, clock=lambda: now)
+    for now, (requests, limit) in enumerate(arrivals + [([], largest)] * 300):
+        for adapter, time in requests:
+            deadline = now + time if time < 6 else math.inf
+            scheduler.submit((ran, len(scheduler)), adapter, deadline)  # how many ran before, or wait
+        scheduler.expired()
+        batch = scheduler.next_batch(limit)
+        for before, found in batch:
+            assert ran - before <= found + patience * largest
+        ran += len(batch)
     assert len(scheduler) == 0
