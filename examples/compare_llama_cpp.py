@@ -29,7 +29,7 @@ class Rlxc:
     """A session, as the benchmark drives it."""
 
     def __init__(self, artifact: Path, threads: int) -> None:
-        self.session = rlxc.load(artifact, threads=threads)
+        self.session = rlxc.load(artifact, threads=threads, prefix_cache=0)
         self.reset = self.session.reset
 
     def run(self, ids: list[int]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Draft:
     distributions: Sequence[Distribution] | None = None
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Guesses how a text goes on. It follows one text at a time."""
 
@@ -132,15 +133,15 @@ class ModelDrafter:
         target: the session whose texts it guesses.
 
     Raises:
-        OptionError: the two are the same session, or their vocabularies differ.
+        OptionError: the two are the same session, or forks of one, or their vocabularies differ.
     """
 
     is_free = False
 
     def __init__(self, session: Session, target: Session) -> None:
-        if session is target:
+        if session._model is target._model:
             raise OptionError(
-                "a session cannot draft for itself",
+                "a session cannot draft for itself or its forks",
                 source=session.artifact.path,
                 remedy="load the draft model in a session of its own",
             )

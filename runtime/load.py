@@ -53,10 +53,11 @@ def load(
         if loads_slowly(artifact):
             read_tokenizer = _start(read_tokenizer)
         engine = make_engine(artifact, threads)
+        loaded = Loaded(artifact, engine, verification, read_tokenizer, prefix_cache)
         try:
-            return Session(Loaded(artifact, engine, verification, read_tokenizer, prefix_cache))
+            return Session(loaded)
         except BaseException:
-            engine.close()
+            loaded.close()
             raise
     except BaseException:
         verification.close()

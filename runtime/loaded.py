@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 from rlxc.artifact import Artifact, Verification
 from rlxc.errors import SessionError
@@ -22,7 +24,7 @@ ReadTokenizer = Callable[[], Tokenizer]
 
 
 class Loaded:
-    """An artifact and the engine that runs it, until the last session that uses them is closed.
+    """An artifact and the engine that runs it, until the last session that uses them is closed or gone.
 
     Attributes:
         artifact: what is loaded.
@@ -44,7 +46,8 @@ class Loaded:
         self.prefixes = PrefixCache(self.model, prefix_cache)
         self._read_tokenizer = read_tokenizer
         self._lock = threading.Lock()
-        self._users = 0
+        self._numbers, self._users = count(), set[int]()
+        self._closing = threading.Lock()  # taken once, and kept
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -87,14 +90,63 @@ class Loaded:
         finally:
             self._lock.release()
 
-    def enter(self) -> None:
-        """One more session uses it."""
-        self._users += 1
+    def enter(self) -> int:
+        """One more session uses it; returns its number."""
+        number = next(self._numbers)
+        self._users.add(number)
+        return number
 
-    def leave(self) -> None:
-        """One session less uses it; after the last one, the engine is closed."""
-        self._users -= 1
+    def leave(self, number: int) -> None:
+        """That session does no more; after the last one, the engine is closed."""
+        self._users.discard(number)
         if not self._users:
+            self.close()
+
+    def close(self) -> None:
+        """Release everything; nobody uses it, or will."""
+        if self._closing.acquire(blocking=False):
             self.verification.close()
             self.prefixes.clear()
             self.model.engine.close()
+
+
+class Lease:
+    """One session's use of what is loaded, until the session is closed, or is gone without having been closed.
+
+    Args:
+        loaded: what the session uses.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self._leave = finalize(self, loaded.leave, loaded.enter())
+        self._leave.atexit = False  # the process ends: so does all that it has
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session may still be used."""
+        return self._leave.alive
+
+    def check_open(self) -> None:
+        """Refuse a session that is closed.
+
+        Raises:
+            SessionError: it is.
+        """
+        if not self.is_open:
+            raise SessionError("the session is closed", remedy="load the artifact again")
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Keep other threads out.
+
+        Raises:
+            SessionError: one is in, or the session is closed.
+        """
+        with self._loaded.using():
+            self.check_open()
+            yield
+
+    def close(self) -> None:
+        """The session is used no more."""
+        self._leave()

@@ -102,11 +102,15 @@ class Model:
         """
         self.check_room(len(tokens), sequence.position)
         end = sequence.position + len(tokens)
-        for chunk, span in self.chunks(sequence, tokens, stack, self.engine.max_step):
-            is_last = sequence.position + len(chunk) == end
-            rows = [len(chunk) - 1] if is_last else []  # logits cost as much as all layers together
-            logits = self._step([sequence], chunk[None], np.array(rows, np.int64), [span])
-            after_step()
+        try:
+            for chunk, span in self.chunks(sequence, tokens, stack, self.engine.max_step):
+                is_last = sequence.position + len(chunk) == end
+                rows = [len(chunk) - 1] if is_last else []  # logits cost as much as all layers together
+                logits = self._step([sequence], chunk[None], np.array(rows, np.int64), [span])
+                after_step()
+        except BaseException:
+            sequence.truncate(sequence.position)  # what was not read invokes no adapter
+            raise
         self._verification.wait()
         return logits
 
@@ -214,6 +218,8 @@ class Model:
                 source=self._artifact.path,
                 remedy="let go of snapshots, use fewer sequences at once, or a smaller prefix_cache",
             ) from error
-        for sequence, tokens, span in zip(sequences, ids, spans):
-            sequence.extend(tokens, span)
+        finally:  # a Ctrl-C may come when the engine is done
+            for sequence, tokens, span in zip(sequences, ids, spans):
+                if sequence.position > len(sequence.tokens):
+                    sequence.extend(tokens, span)
         return logits

@@ -12,7 +12,7 @@ from rlxc.errors import OptionError, RlxcError, RollbackError, SessionError
 from rlxc.runtime.batch import Batch, Job, Request
 from rlxc.runtime.drafters import Drafter, NgramDrafter
 from rlxc.runtime.engines import Engine
-from rlxc.runtime.loaded import Loaded
+from rlxc.runtime.loaded import Lease, Loaded
 from rlxc.runtime.logits import Floats
 from rlxc.runtime.model import Ids
 from rlxc.runtime.sampling import Choice, Sampler, SamplingOptions
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Session:
     """A loaded model and the sequence that it continues.
 
-    One thread at a time may use a session and its forks; a second one is refused, not queued. ``with`` closes it.
+    One thread at a time may use a session and its forks; a second one is refused, not queued. ``with`` closes it; one
+    that is let go of closes itself.
 
     Attributes:
         artifact: what it runs.
@@ -39,28 +40,28 @@ class Session:
 
     def __init__(self, loaded: Loaded, origin: Session | None = None) -> None:
         """A new session, or a fork of ``origin``."""
-        self._loaded, self._model = loaded, loaded.model
+        self._loaded, self._model, self._lease = loaded, loaded.model, Lease(loaded)
         self.artifact = loaded.artifact
-        self._closed = False
+        # Nothing of it refers to the session itself: one that is let go of is gone at once, and its memory with it.
+        using = self._using = self._lease.using
         if origin is None:
             self._sequence = self._model.new_sequence()
-            self.adapters = SessionAdapters(loaded.artifact, self.engine, loaded.verification, self._using)
+            self.adapters = SessionAdapters(loaded.artifact, self.engine, loaded.verification, using)
         else:
             self._sequence = origin._sequence.fork()
-            self.adapters = origin.adapters.fork(self._using)
+            self.adapters = origin.adapters.fork(using)
         self._stream: object = None  # whose turn it is to extend the sequence; None after any other use of it
-        loaded.enter()
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Text to token ids and back."""
-        self._check_open()
+        self._lease.check_open()
         return self._loaded.tokenizer
 
     @property
     def chat_template(self) -> ChatTemplate | None:
         """How messages become a prompt, or None if the model has no chat format."""
-        self._check_open()
+        self._lease.check_open()
         return self._loaded.chat_template
 
     @property
@@ -71,6 +72,7 @@ class Session:
     @property
     def position(self) -> int:
         """The number of tokens that the sequence holds."""
+        self._lease.check_open()
         return self._sequence.position
 
     @property
@@ -91,7 +93,8 @@ class Session:
 
         Raises:
             ContextError: they do not fit; the sequence is unchanged.
-            SessionError: there are none, or one is not in the vocabulary; the sequence is unchanged.
+            SessionError: there are none, or one is not in the vocabulary, and the sequence is unchanged; or there is
+                not enough memory, and it holds those that were read, or is empty if it was.
         """
         tokens = self._model.tokens(ids)
         with self._using():
@@ -117,9 +120,18 @@ class Session:
     def restore(self, snapshot: KvSnapshot) -> None:
         """Go on from where a snapshot was taken, in this session or in another one of the same model.
 
+        The stack of adapters stays as it is.
+
         Raises:
+            OptionError: it is no snapshot.
             SnapshotError: it is of another model, or of one with another plan; the sequence is unchanged.
+            SessionError: there is not enough memory; the sequence is unchanged.
         """
+        if not isinstance(snapshot, KvSnapshot):
+            raise OptionError(
+                f"{snapshot!r:.80} is no snapshot",
+                remedy="session.snapshot() and session.load_snapshot(path) give one",
+            )
         with self._using():
             self._sequence = snapshot.begin(self._model)
             self._stream = None
@@ -129,6 +141,7 @@ class Session:
 
         Raises:
             SnapshotError: the file is damaged or none, or the snapshot of another model or plan.
+            SessionError: there is not enough memory.
         """
         with self._using():
             return load_snapshot(path, self._model)
@@ -137,13 +150,15 @@ class Session:
         """Take back the tokens from ``position`` on.
 
         Args:
-            position: how many tokens stay.
+            position: how many tokens stay; none is always possible.
             replay: where sliding-window layers no longer hold what they need, read the tokens that stay once more,
                 with the adapters that they were read with; it takes as long as it took at first.
 
         Raises:
-            RollbackError: the sequence holds fewer, or can not go back as far; it is unchanged.
-            SessionError: an adapter that is needed for the replay is no longer loaded; the sequence is unchanged.
+            OptionError: ``position`` is no integer.
+            RollbackError: the sequence holds fewer, or cannot go back as far; it is unchanged.
+            SessionError: an adapter that is needed for the replay is no longer loaded, or there is not enough memory
+                for it; the sequence is unchanged.
         """
         if isinstance(position, bool) or not isinstance(position, int):
             raise OptionError(f"position must be an integer, got {position!r}")
@@ -151,7 +166,7 @@ class Session:
             try:
                 self._sequence.truncate(position)
             except RollbackError:
-                if not replay or not 0 <= position <= self.position:
+                if not (replay or position == 0) or not 0 <= position <= self.position:
                     raise
                 self._sequence = self._model.replay(self._sequence, position, self.adapters.find)
             self._stream = None
@@ -159,7 +174,8 @@ class Session:
     def fork(self) -> Session:
         """Another session that holds the same sequence and adapters, and goes its own way from here on.
 
-        It uses the same loaded model: its sequence shares memory with this one's until one of them grows.
+        It uses the same loaded model, which stays loaded until both are closed. Its sequence shares memory with this
+        one's, and what one of them adds is its own.
         """
         with self._using():
             return Session(self._loaded, self)
@@ -171,7 +187,7 @@ class Session:
 
         Raises:
             ContextError: the ids do not fit the context.
-            SessionError: there are none, or one is not in the vocabulary.
+            SessionError: there are none, or one is not in the vocabulary, or there is not enough memory.
         """
         tokens = self._model.tokens(ids)
         with self._using():
@@ -211,13 +227,15 @@ class Session:
                 :meth:`SessionAdapters.push`. Without one, each step runs with what is on the stack by then.
             scale: of that adapter.
             speculate: guesses several tokens, which the model then checks in one step: ``ngram`` guesses that the text
-                repeats itself, a :class:`ModelDrafter` asks a smaller model. Tokens are chosen as without it.
+                repeats itself, a :class:`ModelDrafter` asks a smaller model. A greedy text is the same as without it,
+                a sampled one as likely.
             on_full: what to do at the end of the context: ``stop`` ends the text, ``error`` raises ContextError.
 
         Raises:
             ContextError: the prompt does not fit the context, or the text does not, and ``on_full`` is ``error``.
             OptionError: an option is out of range.
-            SessionError: the prompt is empty, or holds a token that is not in the vocabulary.
+            SessionError: the prompt is empty, or holds a token that is not in the vocabulary, or there is not enough
+                memory.
             RlxcError: the adapter cannot be used.
         """
         return self.stream(
@@ -303,7 +321,7 @@ class Session:
 
         def leave(count: int) -> None:
             # It must not raise: it may be a stream's last breath that calls it.
-            if self._stream is turn and not self._closed:
+            if self._stream is turn and self._lease.is_open:
                 self._sequence.truncate(self.position - count)
 
         return Stream(text, start=start, choose=choose, leave=leave)
@@ -382,14 +400,13 @@ class Session:
             self._restart(None)
 
     def close(self) -> None:
-        """Release the model; any use afterwards is refused."""
-        if self._closed:
+        """Let go of the sequence and the adapters, and of the model if no fork uses it; any later use is refused."""
+        if not self._lease.is_open:
             return
         with self._using():
-            self._closed = True
-        self.adapters.release()
-        self._sequence.release_adapters()
-        self._loaded.leave()
+            self.adapters.release()
+            del self._sequence
+            self._lease.close()
 
     def __enter__(self) -> Session:
         return self
@@ -398,16 +415,6 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @contextmanager
-    def _using(self) -> Iterator[None]:
-        with self._loaded.using():
-            self._check_open()
-            yield
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionError("the session is closed", remedy="load the artifact again")
 
     def _restart(self, stream: object) -> None:
         """An empty sequence, for the stream whose turn it is; what the old one held may come in useful again."""
@@ -419,10 +426,16 @@ class Session:
     def _speculator(self, speculate: str | Drafter | None, sampler: Sampler) -> Speculator | None:
         if speculate is None:
             return None
-        if isinstance(speculate, str) and speculate != "ngram":
+        if speculate != "ngram" and not isinstance(speculate, Drafter):
             raise OptionError(
-                f"speculate is {speculate!r}",
+                f"speculate is {speculate!r:.80}",
                 remedy="write 'ngram', or give a drafter: ModelDrafter(rlxc.load(PATH), session)",
+            )
+        if not self._model.rollback:
+            raise OptionError(
+                "guesses that are wrong cannot be taken back: the artifact was compiled with rollback 0",
+                source=self.artifact.path,
+                remedy="compile with --rollback 16 or more",
             )
         drafter = NgramDrafter() if isinstance(speculate, str) else speculate
         return Speculator(self._model, drafter, sampler)

@@ -58,10 +58,7 @@ class KvSnapshot:
     @classmethod
     def take(cls, model: Model, sequence: TokenSequence) -> KvSnapshot:
         """A snapshot of a sequence of this model; the sequence goes on as it is."""
-        held = sequence.fork()
-        # A prompt that failed half-way may have named a place that was never read.
-        held.invoked = {name: start for name, start in held.invoked.items() if start < held.position}
-        return cls(model, held)
+        return cls(model, sequence.fork())
 
     @property
     def seq_len(self) -> int:

@@ -122,12 +122,12 @@ class Speculator:
         """Append the last token and the draft, and take back what was not accepted."""
         start = sequence.position
         ids = np.array([[history[-1], *draft.ids]], np.int64)
-        logits = self._model.step([sequence], ids, np.arange(ids.size), [sequence.active(stack)])
         choices: list[Choice] = []
         try:
+            logits = self._model.step([sequence], ids, np.arange(ids.size), [sequence.active(stack)])
             self._judge(logits, history, draft, choices)
         finally:
-            sequence.truncate(start + max(1, len(choices)))
+            sequence.truncate(min(sequence.position, start + max(1, len(choices))))
         accepted = len(choices) - 1
         self.drafted += len(draft.ids)
         self.accepted += accepted

@@ -21,6 +21,10 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Measurements of each.")] = 5,
     threads: Threads = None,
     context: ModelContext = None,
+    depth: Annotated[
+        int | None,
+        typer.Option("-d", "--depth", min=1, help="Decode after so many tokens, too.", show_default=False),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option("--batch", min=1, help="Decode this many sequences together, too.", show_default=False),
@@ -38,7 +42,7 @@ def bench(
     \b
     Example:
       rlxc bench gemma.rlx -p 512 -n 64 -r 5 --threads 2
-      rlxc bench gemma.rlx --profile --batch 8
+      rlxc bench gemma.rlx --profile --batch 8 --depth 2048
       rlxc bench gemma.rlx --batch 8 --lora one.gguf --lora two.gguf
     """  # noqa: D301  (a backspace character keeps the lines of the example apart)
     from rlxc.cli.adapter_costs import measure_adapters
@@ -48,13 +52,17 @@ def bench(
     report: dict[str, Any] = {"model": str(model), "threads": threads, "repetitions": repetitions}
     adapters = parse_adapters(lora)
     artifact = artifact_of(model, context, adapters=bool(adapters))
-    with rlxc.load(artifact, threads=threads) as session, progress_bars() as progress:
+    with rlxc.load(artifact, threads=threads, prefix_cache=0) as session, progress_bars() as progress:
         measured = Bench(session, repetitions, progress)
         if profile:
             report["profile"] = measured.profile(prompt_tokens, max_tokens)
         report["prefill"] = {"tokens": prompt_tokens, "tokens_per_second": measured.prefill(prompt_tokens)}
         decode = measured.decode(max_tokens)
         report["decode"] = {"tokens": max_tokens, "tokens_per_second": decode}
+        if depth:
+            rates = measured.decode(max_tokens, depth)
+            report["depth"] = {"depth": depth, "tokens": max_tokens, "tokens_per_second": rates}
+            report["depth"]["ratio"] = rates.median / decode.median
         if batch:
             rates = measured.decode_together(batch, max_tokens)
             report["batch"] = {"sequences": batch, "tokens": max_tokens, "tokens_per_second": rates}

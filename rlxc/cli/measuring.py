@@ -71,14 +71,22 @@ class Bench:
 
         return self._measure("prefill", count, work)
 
-    def decode(self, count: int) -> Rates:
-        """Of single tokens, from an empty context on."""
-        ids = self._ids(count).tolist()
+    def decode(self, count: int, depth: int = 0) -> Rates:
+        """Of single tokens, after ``depth`` others.
+
+        Raises:
+            ContextError: they do not fit the context.
+        """
+        session, ids = self._session, self._ids(count).tolist()
+        session.reset()
+        if depth:
+            session.prefill(self._ids(depth))
+        start = session.snapshot()
 
         def work() -> None:
-            self._session.reset()
+            session.restore(start)
             for token_id in ids:
-                self._session.decode(token_id)
+                session.decode(token_id)
 
         return self._measure("decode", count, work)
 
@@ -225,7 +233,7 @@ def to_json(report: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines."""
     repetitions = report["repetitions"]
-    for stage in ("prefill", "decode", "batch"):
+    for stage in ("prefill", "decode", "depth", "batch"):
         if stage not in report:
             continue
         facts, rates = report[stage], report[stage]["tokens_per_second"]
@@ -233,6 +241,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
             f"{stage:8}{facts['tokens']:6} tokens {rates.median:10.1f} tokens/s"
             f"   ({rates.min:.1f} to {rates.max:.1f} in {repetitions})"
         )
+        if stage == "depth":
+            line += f"; decode after {facts['depth']} tokens, {facts['ratio']:.2f} of the speed at the start"
         if stage == "batch":
             line += f"; {facts['sequences']} sequences together, {facts['ratio']:.2f} times one"
         yield line

@@ -1,14 +1,13 @@
 """Sequences side by side in memory, so that ONNX Runtime reads the weights once for all of them.
 
 GroupQueryAttention takes several sequences in one step when each adds one token and their caches are one tensor
-``[batch, heads, capacity, head_dim]``. A lane has such a tensor for every layer's keys and values, with more slots
-than a step has sequences: one that cannot go on in place, because others share its rows or its window jumps, goes on
-in another slot.
+``[batch, heads, capacity, head_dim]``. A lane has such a tensor for every layer's keys and values; each slot of it is
+one sequence's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlxc.runtime.engines.onnx_cache import Buffers, GroupRows, OnnxCache, RowGroup, Rows, allocate
@@ -49,21 +48,23 @@ class Lane:
         """Whether anybody holds rows in it."""
         return any(buffers.holders for slot in self._slots for buffers in slot)
 
-    def gather(self, caches: Sequence[OnnxCache]) -> Gathered | None:
-        """Bring caches side by side, ready for a token each; None if they cannot be in this lane.
+    @property
+    def size(self) -> int:
+        """The number of slots."""
+        return len(self._slots)
 
-        As many as possible stay where they are. The caches themselves do not change: whoever runs the step lets them
+    def gather(self, caches: Sequence[OnnxCache]) -> Gathered:
+        """Bring caches side by side, at most :attr:`size`, ready for a token each.
+
+        As many as possible stay where they are. The caches go on holding what they do: whoever runs the step lets them
         hold what comes out of it.
 
         Raises:
-            MemoryError: there is none for what must move; nothing has changed that anybody holds.
+            MemoryError: there is none for what must move; the caches hold what they did.
         """
-        slots = [self._slot(cache) for cache in caches]
-        staying = {slot: i for i, slot in enumerate(slots) if slot is not None and _stays(caches[i])}
-        held = {self._number.get(id(rows.buffers)) for cache in caches for rows in cache.groups}
-        start = self._place(len(caches), staying, held - staying.keys())
-        if start is None:
-            return None
+        staying = {self._slot(cache): i for i, cache in enumerate(caches) if _stays(cache)}
+        starts = range(self.size - len(caches) + 1)
+        start = max(starts, key=lambda first: sum(first + i in staying for i in range(len(caches))))
         window = range(start, start + len(caches))
         order = [staying.get(slot, -1) for slot in window]
         moving = iter([i for i in range(len(caches)) if i not in order])
@@ -73,8 +74,11 @@ class Lane:
                 groups.append(_extended(caches[order[place]]))
                 continue
             order[place] = next(moving)
-            self._vacate(caches[order[place]], slot)
-            groups.append(_extended(caches[order[place]], self._slots[slot]))
+            into = self._slots[slot]
+            for rows, buffers in zip(caches[order[place]].groups, into):
+                if buffers.holders:  # whoever it is, even the same sequence, copies from elsewhere
+                    buffers.vacate(rows.group)
+            groups.append(_extended(caches[order[place]], into))
         return Gathered(order, groups, [[a[start : window.stop] for a in arrays] for arrays in self._arrays])
 
     def _slot(self, cache: OnnxCache) -> int | None:
@@ -83,23 +87,6 @@ class Lane:
         if slot is None or any(rows.buffers is not own for rows, own in zip(cache.groups, self._slots[slot])):
             return None
         return slot
-
-    def _place(self, count: int, staying: Container[int], left: set[int | None]) -> int | None:
-        """Where so many slots begin that most caches stay in, and that none is being copied from."""
-        starts = [
-            start
-            for start in range(len(self._slots) - count + 1)
-            if left.isdisjoint(range(start, start + count))
-        ]
-        if not starts:
-            return None
-        return max(starts, key=lambda start: sum(slot in staying for slot in range(start, start + count)))
-
-    def _vacate(self, cache: OnnxCache, slot: int) -> None:
-        """Make room: whatever is held here by sequences that take no part goes elsewhere."""
-        for rows, buffers in zip(cache.groups, self._slots[slot]):
-            if buffers.holders:
-                buffers.vacate(rows.group)
 
 
 def _stays(cache: OnnxCache) -> bool:

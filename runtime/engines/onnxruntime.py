@@ -78,7 +78,7 @@ class Binding:
     def __init__(self, session: ort.InferenceSession) -> None:
         self.io = session.io_binding()
         self.mix: OnnxMix = ()
-        self._stack: OnnxAdapter | None = None
+        self.stack: OnnxAdapter | None = None
         self._caches: list[Rows] = []
 
     def bind_caches(self, groups: Sequence[RowGroup], caches: Sequence[Rows]) -> None:
@@ -95,13 +95,13 @@ class Binding:
 
     def bind_adapters(self, stack: OnnxAdapter, mix: OnnxMix) -> None:
         """Let the next runs use these adapters, which ``stack`` holds all together."""
-        if stack is not self._stack:
+        if stack is not self.stack:
             for name, value in stack.values.items():
                 self.io.bind_ortvalue_input(name, value)
         each = [scale for adapter, scale in mix for _ in range(adapter.rank)]
         self._scales = np.array([each or [0.0] * stack.rank], np.float32)
         self.io.bind_ortvalue_input(_SCALES, ort.OrtValue.ortvalue_from_numpy(self._scales))
-        self.mix, self._stack = mix, stack
+        self.mix, self.stack = mix, stack
 
 
 @dataclass(frozen=True)
@@ -240,14 +240,12 @@ class OnnxRuntimeEngine:
     ) -> _Result | None:
         """Run one token of each sequence; None where there is no memory to have them side by side."""
         lane = self._lanes.get(mix)
-        gathered = lane.gather(caches) if lane is not None else None
-        if lane is None or gathered is None:
+        if lane is None or lane.size < len(caches):
             try:
-                lane = self._lanes[mix] = Lane(self._groups, 2 << (len(caches) - 1).bit_length())
+                lane = self._lanes[mix] = Lane(self._groups, 1 << (len(caches) - 1).bit_length())
             except MemoryError:
                 return None
-            gathered = lane.gather(caches)
-            assert gathered is not None
+        gathered = lane.gather(caches)
         binding = self._binding(lane, mix)
         binding.bind_caches(self._groups, gathered.arrays)
         totals = [caches[i].position + 1 for i in gathered.order]

@@ -143,7 +143,7 @@ def test_stack_may_change_from_step_to_step(model: Any) -> None:
     cache = model.engine.new_cache()
     for stack in stacks:
         # Each step begins the sequence anew: what it sees is its own adapters' work alone.
-        cache.position = 0
+        cache.truncate(0)
         result = model.step(cache, IDS[:4], mix=[(prepared, scale) for _, prepared, scale in stack])
         expected = model.interpret(IDS[:4], [(pairs, scale) for pairs, _, scale in stack])
         assert_close(result, expected)

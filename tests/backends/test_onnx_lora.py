@@ -196,7 +196,9 @@ class Counted:
 def test_unchanged_adapters_are_not_bound_again(engine: Any) -> None:
     one, two = (engine.engine.prepare(random_pairs(engine.plan, 5, seed)) for seed in (1, 2))
     cache = engine.engine.new_cache()
-    counted = cache.binding = Counted(cache.binding)
+    engine.step(cache, [1])
+    binding = engine.engine.bindings[cache]
+    counted = binding.io = Counted(binding.io)
     every = 1 + sum(1 + len(group.parts) for group in engine.plan.groups)
     for mix, expected in [
         ([], 0),
@@ -220,12 +222,13 @@ def test_sequences_with_one_stack_share_its_memory(engine: Any) -> None:
     for cache, scale in zip(caches[:2], (0.5, 0.25)):
         engine.step(cache, [1, 2, 3], mix=[(one, 1.0), (two, scale)])
     engine.step(caches[2], [1, 2, 3], mix=[(two, 1.0), (one, 1.0)])
-    assert caches[0].stack is caches[1].stack
-    assert caches[0].stack is not caches[2].stack
-    forgotten = weakref.ref(caches[0].stack)
-    for cache in caches:
+    bindings = [engine.engine.bindings[cache] for cache in caches]
+    assert bindings[0].stack is bindings[1].stack
+    assert bindings[0].stack is not bindings[2].stack
+    forgotten = weakref.ref(bindings[0].stack)
+    for cache, binding in zip(caches, bindings):
         engine.step(cache, [4], mix=[(one, 1.0)])
-        assert cache.stack is one
+        assert binding.stack is one
     assert forgotten() is None
 
 

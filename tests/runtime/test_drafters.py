@@ -209,8 +209,9 @@ def test_session_of_a_draft_model_stays_as_it_is(open_session: Open) -> None:
 
 
 def test_session_cannot_draft_for_itself(session: Session) -> None:
-    with pytest.raises(OptionError, match="cannot draft for itself"):
-        ModelDrafter(session, session)
+    for other in (session, session.fork()):
+        with pytest.raises(OptionError, match="cannot draft for itself or its forks"):
+            ModelDrafter(other, session)
 
 
 def test_closed_draft_model_is_refused(open_session: Open) -> None:

@@ -122,9 +122,12 @@ def test_memory_side_by_side_goes_with_its_sequences(engine: OnnxRuntimeEngine) 
     engine.step([engine.new_cache()], np.array([[5]]), NO_ROWS)
     before = len(engine.bindings)
     caches = [engine.new_cache() for _ in range(3)]
+    for cache in caches:
+        engine.step([cache], np.array([[4]]), NO_ROWS)
+    assert len(engine.bindings) == before + 3
     engine.step(caches, np.array([[5], [6], [7]]), NO_ROWS)
-    assert len(engine.bindings) == before + 1  # of the three together
-    caches.clear()
+    assert len(engine.bindings) == before + 1  # the buffers that each had alone are gone
+    del cache, caches
     engine.step([engine.new_cache()], np.array([[5]]), NO_ROWS)
     assert len(engine.bindings) == before
 
