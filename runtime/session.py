@@ -334,8 +334,7 @@ class Session:
         :meth:`generate` makes of its request alone, up to the rounding of sums that are added in another order. The
         session's own sequence stays as it is.
 
-        On TVM, texts share the reading of the weights. ONNX Runtime runs them one after the other within a step: there,
-        a batch takes as long as its texts alone.
+        Texts share the reading of the weights: on TVM all of them, on ONNX Runtime those that run with the same adapters.
 
         Args:
             requests: any number of them.

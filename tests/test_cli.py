@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -12,31 +11,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from typer.testing import CliRunner, Result
+
+# What tests share lies beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from command_line import assert_one_line_error, assert_wrong_usage, call, with_chat_template
 
 import rlxc
-from rlxc.cli import app
 from rlxc.cli.terminal import outline
 from rlxc.errors import FormatError
+from rlxc.runtime import Completion, Stream
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["compile", "run", "chat", "bench", "compare", "merge", "tune", "inspect", "graph"]
-
-
-def call(*arguments: object, text: str = "", cache: Path | None = None) -> Result:
-    """Run the command line in this process."""
-    env = {"RLXC_CACHE": str(cache)} if cache else {}
-    return CliRunner().invoke(app, list(map(str, arguments)), input=text, env=env)
-
-
-def assert_one_line_error(result: Result, *parts: str) -> None:
-    """The command failed with one line on stderr that holds these parts, and printed nothing else."""
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    assert [part for part in parts if part not in lines[0]] == [], lines[0]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -81,10 +68,7 @@ def test_version_is_the_package_s() -> None:
     ids=" ".join,
 )
 def test_wrong_usage_has_exit_code_2(arguments: list[str]) -> None:
-    result = call(*arguments)
-    assert result.exit_code == 2
-    assert "rlxc" not in result.stdout
-    assert "Error: " in result.stderr
+    assert_wrong_usage(call(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -227,23 +211,6 @@ def test_prompt_longer_than_the_context_is_refused(gemma_artifact: Path) -> None
     assert_one_line_error(call("run", gemma_artifact, "again and " * 4096), "4096")
 
 
-def with_chat_template(artifact: Path, copy: Path, template: str | None) -> Path:
-    """A copy of an artifact, as if its model had come with this chat template, or with none."""
-    name = "chat_template.jinja"
-    copy.mkdir()
-    for file in artifact.iterdir():
-        if file.name not in ("manifest.json", name):
-            os.link(file, copy / file.name)
-    manifest = json.loads((artifact / "manifest.json").read_text())
-    del manifest["files"][name]
-    if template is not None:
-        (copy / name).write_bytes(template.encode())
-        digest = hashlib.sha256(template.encode()).hexdigest()
-        manifest["files"][name] = {"size": len(template.encode()), "sha256": digest}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    return copy
-
-
 @pytest.fixture(scope="module")
 def chat_artifact(gemma_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     template = (
@@ -278,6 +245,23 @@ def test_chat_forgets_at_reset(chat_artifact: Path) -> None:
     command = ["chat", chat_artifact, "-n", 8, "--stop", "\n"]
     anew = call(*command, text="What is red?\n/reset\nWhat is blue?\n").stdout.splitlines()
     assert anew[1:] == call(*command, text="What is blue?\n").stdout.splitlines()
+
+
+def test_chat_reads_only_what_is_new(chat_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+
+    def show(stream: Stream) -> Completion:
+        answers.append(stream.completion())
+        return answers[-1]
+
+    monkeypatch.setattr("rlxc.cli.commands.show", show)
+    command = ["chat", chat_artifact, "-n", 8, "--stop", "\n"]
+    call(*command, text="What is red?\nWhat is blue?\n/reset\nWhat is red?\n")
+    first, second, again = answers
+    assert first.cached_tokens == 0
+    assert first.prompt_tokens <= second.cached_tokens < second.prompt_tokens
+    assert again.cached_tokens == again.prompt_tokens - 1
+    assert again.ids == first.ids
 
 
 def test_chat_ends_at_exit(chat_artifact: Path) -> None:

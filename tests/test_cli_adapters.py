@@ -10,17 +10,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 # What tests share lies beside them.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from adapters import write_gguf_adapter
+from command_line import assert_done, assert_one_line_error, call
 from one_layer import LINEAR, compile_exact, pairs, write_adapter, write_model
 
 import rlxc
 from rlxc.artifact import Artifact
-from rlxc.cli import app
 from rlxc.cli.adapters import parse_adapters
 from rlxc.comparing import compare
 
@@ -38,27 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compile_exact(model, root / "plain.rlx")
     compile_exact(model, root / "split.rlx", lora="split")
     return root
-
-
-def call(*arguments: object, cache: Path | None = None) -> Result:
-    """Run the command line in this process."""
-    env = {"RLXC_CACHE": str(cache)} if cache else {}
-    return CliRunner().invoke(app, list(map(str, arguments)), env=env)
-
-
-def assert_done(result: Result) -> str:
-    """The command succeeded; gives what it printed."""
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def assert_one_line_error(result: Result, *parts: str) -> None:
-    """The command failed with one line on stderr that holds these parts, and printed nothing else."""
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert [part for part in parts if part not in line] == [], line
 
 
 # --- ADAPTER[:SCALE] ----------------------------------------------------------------------------------------------

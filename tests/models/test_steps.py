@@ -71,14 +71,14 @@ def test_steps_go_around_the_rings_and_leave_pages_behind(tiny_artifact: Compile
 def test_compiled_steps_equal_the_interpreter(variant: str, open_tiny: Open, tiny_artifact: Compile) -> None:
     expected = open_tiny(variant).logits(LONG)
     ends = np.cumsum(CHUNKS)
-    with rlxc.load(tiny_artifact(variant, "float32"), threads=1) as session:
+    with rlxc.load(tiny_artifact(variant, "float32"), threads=1, prefix_cache=0) as session:
         rows = [session.prefill(LONG[end - size : end]) for size, end in zip(CHUNKS, ends)]
     # Logits have a standard deviation of 1; f32 sums in another order leave about 1e-5 of it.
     np.testing.assert_allclose(np.stack(rows), expected[ends - 1], rtol=0, atol=1e-4)
 
 
 def test_score_equals_steps(variant: str, tiny_artifact: Compile) -> None:
-    with rlxc.load(tiny_artifact(variant, "float32"), threads=1) as session:
+    with rlxc.load(tiny_artifact(variant, "float32"), threads=1, prefix_cache=0) as session:
         scored = session.score(LONG[:20])
         stepped = np.stack([session.decode(token) for token in LONG[:20]])
     # Matrix-vector and matrix-matrix kernels sum in another order.
@@ -87,7 +87,7 @@ def test_score_equals_steps(variant: str, tiny_artifact: Compile) -> None:
 
 @pytest.mark.parametrize("variant", ["llama-k-m", "gemma3-window"])
 def test_a_second_sequence_forgets_the_first(variant: str, tiny_artifact: Compile) -> None:
-    with rlxc.load(tiny_artifact(variant, "float32"), threads=1) as session:
+    with rlxc.load(tiny_artifact(variant, "float32"), threads=1, prefix_cache=0) as session:
         first = session.prefill(LONG[:30])
         session.reset()
         session.prefill(LONG[30:])

@@ -330,7 +330,7 @@ CompileTiny = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def compile_tiny(tmp_path_factory: pytest.TempPathFactory) -> CompileTiny:
-    """``compile_tiny(backend)``: the artifact of a tiny Gemma 3 with ring caches, compiled once for each ``lora``."""
+    """``compile_tiny(backend)``: the artifact of a tiny Gemma 3 with windows, compiled once for each ``lora``."""
     tiny = runpy.run_path(str(Path(__file__).parents[1] / "models" / "tiny.py"))
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny["VARIANTS"]["gemma3-window"].write(folder / "model.gguf")

@@ -192,7 +192,8 @@ def test_plan_that_kernels_cannot_follow_is_refused(tvm_artifact: Path, tmp_path
 @pytest.fixture
 def adapted_session(backend: BackendName, compile_tiny: CompileTiny, tmp_path: Path) -> Any:
     """A session with adapters ``a``, ``b`` and ``c`` loaded, of 4, 20 and 36 ranks; token 9 invokes the last one."""
-    with rlxc.load(compile_tiny(backend, "split")) as session:
+    # Without prefix_cache: a prompt read in other pieces can round an int8 activation the other way.
+    with rlxc.load(compile_tiny(backend, "split"), prefix_cache=0) as session:
         plan = session.artifact.manifest.lora
         assert plan is not None
         shapes = {part.tensor: (part.rows, part.columns) for part in plan.parts}
