@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import count
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
@@ -73,9 +74,8 @@ class Loaded:
             eos_token=self.tokenizer.piece(eos[0]) if eos else "",
         )
 
-    @contextmanager
-    def using(self) -> Iterator[None]:
-        """Keep other threads out.
+    def lock(self) -> None:
+        """Keep other threads out, until :meth:`unlock`.
 
         Raises:
             SessionError: one is in.
@@ -85,10 +85,10 @@ class Loaded:
                 "another thread is using the session, or a fork of it",
                 remedy="load one session for each thread",
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
+
+    def unlock(self) -> None:
+        """Let other threads in."""
+        self._lock.release()
 
     def enter(self) -> int:
         """One more session uses it; returns its number."""
@@ -136,16 +136,24 @@ class Lease:
         if not self.is_open:
             raise SessionError("the session is closed", remedy="load the artifact again")
 
-    @contextmanager
-    def using(self) -> Iterator[None]:
-        """Keep other threads out.
+    def using(self) -> AbstractContextManager[None]:
+        """Keep other threads out, in a ``with`` statement.
 
         Raises:
             SessionError: one is in, or the session is closed.
         """
-        with self._loaded.using():
+        return self  # no generator: a snapshot takes little longer than one
+
+    def __enter__(self) -> None:
+        self._loaded.lock()
+        if not self.is_open:
+            self._loaded.unlock()
             self.check_open()
-            yield
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loaded.unlock()
 
     def close(self) -> None:
         """The session is used no more."""

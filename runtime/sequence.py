@@ -82,6 +82,7 @@ class TokenSequence:
         self.tokens = array("q")
         self.readings: list[tuple[int, Reading]] = []
         self.invoked: dict[str, int] = {}
+        self._shares_notes = False  # tokens and readings, with forks
         self._stack: Stack = ()
         self._active = Span(0, ())
 
@@ -96,10 +97,11 @@ class TokenSequence:
         return np.array(self.tokens, np.int64)
 
     def fork(self) -> TokenSequence:
-        """Another sequence that holds the same; the two share memory until one of them grows."""
+        """Another sequence that holds the same; the two share memory until one of them changes."""
         fork = TokenSequence(self.cache.fork())
-        fork.tokens, fork.readings = self.tokens[:], self.readings[:]
+        fork.tokens, fork.readings = self.tokens, self.readings
         fork.invoked = dict(self.invoked)
+        self._shares_notes = fork._shares_notes = True
         return fork
 
     def truncate(self, position: int) -> None:
@@ -118,6 +120,7 @@ class TokenSequence:
                 remedy="read the tokens again (replay=True), or compile with a larger --rollback",
             )
         self.cache.truncate(position)
+        self._own_notes()
         del self.tokens[position:]
         while self.readings and self.readings[-1][0] >= position:
             self.readings.pop()
@@ -129,6 +132,7 @@ class TokenSequence:
 
     def extend(self, ids: Tokens, span: Span) -> None:
         """Note tokens that the cache has taken in."""
+        self._own_notes()
         if not self.readings or self.readings[-1][1] != span.reading:
             self.readings.append((len(self.tokens), span.reading))
         self.tokens.frombytes(ids.tobytes())
@@ -158,6 +162,12 @@ class TokenSequence:
     def release_adapters(self) -> None:
         """Let go of the adapters, so that their memory can be freed."""
         self._stack, self._active = (), Span(0, ())
+
+    def _own_notes(self) -> None:
+        """Copy what is noted of the tokens, if forks share it: it is about to change."""
+        if self._shares_notes:
+            self.tokens, self.readings = self.tokens[:], self.readings[:]
+            self._shares_notes = False
 
     def _invocations(self, tokens: Tokens, stack: Stack) -> dict[int, list[str]]:
         """Where adapters of the stack join in, that have not yet, by their fingerprints."""

@@ -334,7 +334,7 @@ class Session:
         :meth:`generate` makes of its request alone, up to the rounding of sums that are added in another order. The
         session's own sequence stays as it is.
 
-        Texts share the reading of the weights: on TVM all of them, on ONNX Runtime those that run with the same adapters.
+        Texts share the reading of the weights: on TVM all of them, on ONNX Runtime those with the same adapters.
 
         Args:
             requests: any number of them.

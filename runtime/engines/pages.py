@@ -6,7 +6,6 @@ page; everything else about them happens here, in time that does not depend on h
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -153,7 +152,8 @@ class PagedCache:
 
     A step is ``reserve``, then the kernels, then ``advance``. What others can see of a page, all before
     ``writable_from``, is never written: a step that would do so goes on in a copy of the page. That is one page of each
-    table at most, since pages past the end are not kept.
+    table at most, since pages past the end are not kept. The tables themselves are shared as well, until one of their
+    caches changes them: a fork takes as long for many tokens as for few.
 
     Attributes:
         position: the number of tokens held.
@@ -170,6 +170,7 @@ class PagedCache:
         self._entries = np.zeros((len(pools), plan.table_width), np.int64)
         self.tables: int = self._entries.ctypes.data
         self._room = 0  # positions that there are pages for
+        self._shares_tables = False
 
     def reserve(self, count: int) -> None:
         """Make sure that the next ``count`` positions can be written, and let go of what is too old to be seen again.
@@ -189,6 +190,7 @@ class PagedCache:
                 shared = table.pages[begin]
                 assert shared is not None
                 pages[0].memory[:] = shared.memory
+        self._own_tables()
         for number, (table, pages) in enumerate(zip(self._held, taken)):
             self._place(number, begin, pages)
             table.let_go(table.needed(start - self._plan.rollback), self._page_size)
@@ -213,18 +215,19 @@ class PagedCache:
         kept = self._page_count(position)
         self._room = min(self._room, kept * self._page_size)  # first: an interrupt may come between two lines
         self.position = position
-        for table in self._held:
-            del table.pages[kept:]
+        if not self._shares_tables:
+            for table in self._held:
+                del table.pages[kept:]
 
     def fork(self) -> PagedCache:
         """Another cache with the same tokens, in the same pages: this one goes on in the last, the other in a copy."""
         self.writable_from = max(self.writable_from, self.position)
-        kept = self._page_count(self.position)
-        fork = copy.copy(self)
-        fork._held = [_Table(table.pool, table.pages[:kept], table.first) for table in self._held]
-        fork._entries = self._entries.copy()
-        fork.tables = fork._entries.ctypes.data
-        fork.writable_from = fork._room = kept * self._page_size
+        self._shares_tables = True
+        fork = PagedCache.__new__(PagedCache)
+        fork._plan, fork._page_size, fork._anchor = self._plan, self._page_size, self._anchor
+        fork._held, fork._entries, fork.tables = self._held, self._entries, self.tables
+        fork._shares_tables, fork.position = True, self.position
+        fork.writable_from = fork._room = self._page_count(self.position) * self._page_size
         return fork
 
     @property
@@ -233,7 +236,7 @@ class PagedCache:
         pieces = {self.tables: self._entries.nbytes}
         for table in self._held:
             size = table.pool.layout.nbytes
-            pieces |= {page.address: size for page in table.pages if page is not None}
+            pieces |= {page.address: size for page in table.pages[: self._pages] if page is not None}
         return pieces
 
     def rows(self) -> list[KvRows]:
@@ -258,10 +261,24 @@ class PagedCache:
             assert layer.table is not None
             begin, pages = begins[layer.table], taken[layer.table]
             self._fill(layer, pages, begin * self._page_size, rows)
+        self._own_tables()
         for number, (table, begin, first) in enumerate(zip(self._held, begins, firsts)):
             table.pages, table.first = [None] * begin, first
             self._place(number, begin, taken[number])
         self.position, self._room = position, count * self._page_size
+
+    @property
+    def _pages(self) -> int:
+        """Pages of each table that are this cache's; a table that others share may have more."""
+        return self._room // self._page_size
+
+    def _own_tables(self) -> None:
+        """Copy the tables, if others share them: they are about to change."""
+        if self._shares_tables:
+            held = [_Table(table.pool, table.pages[: self._pages], table.first) for table in self._held]
+            entries = self._entries.copy()
+            self._held, self._entries, self.tables = held, entries, entries.ctypes.data
+            self._shares_tables = False
 
     def _page_count(self, position: int) -> int:
         """How many pages so many positions begin."""

@@ -167,12 +167,14 @@ def test_pages_past_the_end_are_returned() -> None:
     assert len(addresses(cache)) == 6
 
 
-def test_memory_of_a_fork_counts_its_own_tables() -> None:
+def test_tables_are_shared_until_they_change() -> None:
     cache = make_cache()
     step(cache, [1])
-    both = {**cache.memory, **cache.fork().memory}
-    tables = len(WINDOWS) * PLAN.table_width * 8
-    assert sum(both.values()) == 2 * tables + sum(layout.nbytes for layout in PLAN.pages)
+    fork = cache.fork()
+    tables, pages_of_all = len(WINDOWS) * PLAN.table_width * 8, sum(layout.nbytes for layout in PLAN.pages)
+    assert sum({**cache.memory, **fork.memory}.values()) == tables + pages_of_all
+    step(fork, [2])
+    assert sum({**cache.memory, **fork.memory}.values()) == 2 * (tables + pages_of_all)
 
 
 # --- windows ------------------------------------------------------------------------------------------------------

@@ -197,7 +197,8 @@ def test_second_thread_is_refused_and_the_first_one_unharmed(
     try:
         for use in (lambda: session.prefill([2]), session.reset, session.close):
             with pytest.raises(
-                SessionError, match="another thread is using the session, or a fork of it; load one session for each"
+                SessionError,
+                match="another thread is using the session, or a fork of it; load one session for each",
             ):
                 use()
     finally:
