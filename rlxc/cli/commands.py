@@ -25,7 +25,7 @@ from rlxc.cli.bench import bench
 from rlxc.cli.compare import compare, fold_report
 from rlxc.cli.merge import merge
 from rlxc.cli.models import DEFAULT_CONTEXT, ModelContext, Runnable, Threads, artifact_of
-from rlxc.cli.speculation import Speculate, drafter_of
+from rlxc.cli.speculation import Speculate, check_drafter, drafter_of
 from rlxc.cli.terminal import (
     in_one_line,
     lines,
@@ -263,6 +263,7 @@ def _run(
       rlxc run gemma.rlx "[1, 2, 3, 4, 5, 6, 7], [1, 2, 3," --speculate ngram --stats
     """
     adapters = parse_adapters(lora)
+    check_drafter(speculate)
     artifact = artifact_of(model, context, adapters=bool(adapters))
     started = time.perf_counter()
     with ExitStack() as closing:
@@ -307,6 +308,7 @@ def _chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    speculate: Speculate = None,
     threads: Threads = None,
     context: ModelContext = None,
 ) -> None:
@@ -317,7 +319,10 @@ def _chat(
       rlxc chat gemma.rlx --temp 0.7
       echo "Name three colours." | rlxc chat gemma.rlx
     """
-    with rlxc.load(artifact_of(model, context), threads=threads) as session:
+    check_drafter(speculate)
+    with ExitStack() as closing:
+        session = closing.enter_context(rlxc.load(artifact_of(model, context), threads=threads))
+        drafter = drafter_of(speculate, session, threads, closing)
         if session.chat_template is None:
             remedy = 'let it go on from a text: rlxc run MODEL "text"'
             raise SessionError("the model has no chat template", source=model, remedy=remedy)
@@ -340,6 +345,7 @@ def _chat(
                     repetition_penalty=repetition_penalty,
                     seed=seed,
                     stop=stop or (),
+                    speculate=drafter,
                 )
             except ContextError as error:
                 full = f"the conversation no longer fits the context of {session.context} tokens"

@@ -24,6 +24,18 @@ Speculate = Annotated[
 ]
 
 
+def check_drafter(speculate: str | None) -> None:
+    """Refuse a draft model that is not there, before anything is loaded.
+
+    Raises:
+        typer.BadParameter: it is not.
+    """
+    if speculate not in (None, "ngram") and not Path(str(speculate)).exists():
+        raise typer.BadParameter(
+            f"{speculate!r} is neither 'ngram' nor an artifact", param_hint="--speculate"
+        )
+
+
 def drafter_of(
     speculate: str | None, session: Session, threads: int | None, closing: ExitStack
 ) -> Literal["ngram"] | ModelDrafter | None:
@@ -32,9 +44,5 @@ def drafter_of(
         return "ngram" if speculate else None
     from rlxc.runtime import ModelDrafter
 
-    if not Path(speculate).exists():
-        raise typer.BadParameter(
-            f"{speculate!r} is neither 'ngram' nor an artifact", param_hint="--speculate"
-        )
     draft = closing.enter_context(rlxc.load(speculate, threads=threads, prefix_cache=0))
     return ModelDrafter(draft, session)
