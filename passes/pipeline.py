@@ -10,6 +10,7 @@ from rlxc.dtypes import DType
 from rlxc.errors import OptionError, VerifyError
 from rlxc.ir import Graph, verify
 from rlxc.ir.target import TargetFeatures
+from rlxc.passes.balance_keys import BalanceKeys
 from rlxc.passes.base import NoMatch, Pass
 from rlxc.passes.fold_constants import FoldConstants
 from rlxc.passes.fold_lora import Change, FoldLora
@@ -66,6 +67,7 @@ def default_passes(
         FuseQkv(features),  # looks through norm, rope and growing cache
         FuseGatedMlp(features),
         SplitLora(changes.split),  # one side path for what is one product
+        BalanceKeys(cache.dtype),  # while caches grow, and norms and ropes stand alone
         cache,
         FuseRopeAttention(features),  # needs the scheduled caches
         RemoveDead(),  # what the passes above left without users

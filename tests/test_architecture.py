@@ -54,6 +54,7 @@ EXPORTS = {
     "rlxc": ["RlxcError", "__version__", "compare", "compile", "errors", "inspect", "load", "merge"],
     "rlxc.ir": [
         "Alias",
+        "Balance",
         "Concat",
         "Dim",
         "Encode",

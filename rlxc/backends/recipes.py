@@ -1,7 +1,8 @@
 """Evaluates weights' recipes, a few rows at a time, while the artifact is written.
 
 Memory stays flat whatever a weight's size: what a recipe makes exists for one chunk of rows only, and what the model
-file has is read in place. The small sides of an adapter, A and B, stay in memory while their matrix is folded.
+file has is read in place. The small sides of an adapter, A and B, stay in memory while their matrix is folded, and a
+vector that is balanced is whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.errors import UnsupportedError, WeightError
-from rlxc.ir import Concat, Encode, Fold, Source, Weight
+from rlxc.ir import Balance, Concat, Encode, Fold, Source, Weight
 from rlxc.weights.encode import encode
 from rlxc.weights.encode_keeping import encode_keeping, orthonormal
 from rlxc.weights.formats import FORMATS
@@ -107,10 +108,10 @@ def packed_rows(weight: Weight, read: ReadBytes, losses: Losses | None = None) -
         case Encode(part):
             encoder = _Encoder(weight, part, read, losses)
             yield from (encoder.encoded(start, stop) for start, stop in _chunks(weight))
-        case Fold() as fold:
-            folded = _FoldedReader(weight, fold, read)
+        case Fold() | Balance():
+            rows = _reader(weight, read)
             for start, stop in _chunks(weight):
-                yield folded(start, stop).view(np.uint8)
+                yield rows(start, stop).view(np.uint8)
         case _:
             raise _no_bytes(weight)
 
@@ -140,6 +141,9 @@ def _reader(weight: Weight, read: ReadBytes) -> _ReadRows:
             return lambda start, stop: fmt.decode(encoder.encoded(start, stop), columns)
         case Fold() as fold:
             return _FoldedReader(weight, fold, read)
+        case Balance() as balance:
+            vector = _balanced(weight, balance, read)
+            return lambda start, stop: vector[start:stop]
         case _:
             raise _no_bytes(weight)
 
@@ -180,6 +184,33 @@ class _FoldedReader:
                 remedy="use a model and adapters whose values are finite, and a smaller scale",
             )
         return folded
+
+
+def _balanced(weight: Weight, balance: Balance, read: ReadBytes) -> Floats:
+    """A balanced vector, as a column ``[n, 1]``."""
+    own, other = (_reader(part, read)(0, _shape(part)[0])[:, 0] for part in balance.parts)
+    if not own.any() or not other.any():
+        return own[:, None]
+    with np.errstate(all="ignore"):  # what is not finite is found below
+        factors = np.sqrt(_sizes(other, balance) / _sizes(own, balance))
+        balanced = (own * factors).astype(np.float32)
+    if not np.isfinite(balanced).all():
+        raise WeightError(
+            "balancing it gives values that are infinite or not a number",
+            source=f"@{weight.name}",
+            remedy="use a model whose values are finite, or another type of KV cache than int8",
+        )
+    return balanced[:, None]
+
+
+def _sizes(vector: Floats, balance: Balance) -> npt.NDArray[np.float64]:
+    """The size of each channel, or of the pair that it belongs to."""
+    sizes = np.abs(vector, dtype=np.float64)
+    rotated = sizes[: balance.dim]
+    pairs = rotated.reshape(-1, 2).T if balance.interleaved else rotated.reshape(2, -1)
+    pairs[:] = np.hypot(*pairs)
+    floored: npt.NDArray[np.float64] = np.maximum(sizes, balance.FLOOR * sizes.mean())
+    return floored
 
 
 class _Encoder:

@@ -2,6 +2,7 @@
 
 from rlxc.ir.graph import (
     Alias,
+    Balance,
     Concat,
     Dim,
     Encode,
@@ -20,6 +21,7 @@ from rlxc.ir.verify import verify
 
 __all__ = [
     "Alias",
+    "Balance",
     "Concat",
     "Dim",
     "Encode",

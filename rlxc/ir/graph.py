@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError
@@ -89,7 +89,30 @@ class Fold:
         return (self.base, self.a, self.b, *([self.magnitude] if self.magnitude else []))
 
 
-Recipe = Source | Alias | Concat | Encode | Fold
+@dataclass(frozen=True)
+class Balance:
+    """A vector in f32 that meets another one half-way in size: ``weight * sqrt(|other| / |weight|)``, both ``[n]``.
+
+    Channel by channel, its product with ``Balance(other, weight)`` is that of ``weight`` with ``other``. Sizes are
+    those of the pairs that rope turns, of the first ``dim`` channels, which are ``interleaved`` or not as
+    :class:`~rlxc.ir.RopeSpec` says; every other channel is alone. A size of less than `FLOOR` times its vector's mean
+    counts as that; next to a vector of zeros, nothing changes. Source: Xiao et al. 2022 (SmoothQuant), alpha = 1/2.
+    """
+
+    FLOOR: ClassVar[float] = 0.01
+
+    weight: Weight
+    other: Weight
+    dim: int
+    interleaved: bool = False
+
+    @property
+    def parts(self) -> tuple[Weight, ...]:
+        """The weights that it reads."""
+        return (self.weight, self.other)
+
+
+Recipe = Source | Alias | Concat | Encode | Fold | Balance
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,7 @@ class Weight:
                 return tuple(tensor for part in parts for tensor in part.tensors)
             case Encode(part):
                 return part.tensors
-            case Fold():
+            case Fold() | Balance():
                 return tuple(tensor for part in self.recipe.parts for tensor in part.tensors)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError
 from rlxc.ir import ops
-from rlxc.ir.graph import Alias, Concat, Encode, Fold, Graph, Node, Source, Weight
+from rlxc.ir.graph import Alias, Balance, Concat, Encode, Fold, Graph, Node, Source, Weight
 from rlxc.ir.rope import RopeSpec
 
 Array = npt.NDArray[np.generic]
@@ -70,6 +70,20 @@ def weight_array(graph: Graph, weight: Weight, read: ReadTensor) -> Floats:
             if magnitude:
                 folded *= (magnitude[0] / np.linalg.norm(folded, axis=1))[:, None]
             return folded
+        case Balance() as balance:
+            own, other = (weight_array(graph, part, read) for part in balance.parts)
+            if not own.any() or not other.any():
+                return own
+            return np.asarray(own * np.sqrt(_sizes(other, balance) / _sizes(own, balance)))
+
+
+def _sizes(vector: Floats, balance: Balance) -> Floats:
+    """What counts as each channel's size when vectors are balanced."""
+    sizes, half = abs(vector), balance.dim // 2
+    for i in range(half):
+        pair = [2 * i, 2 * i + 1] if balance.interleaved else [i, i + half]
+        sizes[pair] = np.linalg.norm(vector[pair])
+    return np.asarray(np.maximum(sizes, balance.FLOOR * sizes.mean()))
 
 
 def evaluate(op: ops.Op, inputs: list[Array], cache_dtype: DType = DType.F32) -> tuple[Array, ...]:

@@ -25,6 +25,7 @@ from rlxc.errors import ParseError
 from rlxc.ir import ops
 from rlxc.ir.graph import (
     Alias,
+    Balance,
     Concat,
     Dim,
     Encode,
@@ -71,6 +72,9 @@ def show_recipe(weight: Weight) -> str:
         case Fold() as fold:
             parts_of = ", ".join(map(_show_weight, fold.parts))
             return f"{'fold_transposed' if fold.transposed else 'fold'}({parts_of}, {fold.scale!r})"
+        case Balance(balanced, other, dim, interleaved):
+            kind = "balance_interleaved" if interleaved else "balance"
+            return f"{kind}({_show_weight(balanced)}, {_show_weight(other)}, {dim})"
 
 
 def _show_weight(weight: Weight) -> str:
@@ -142,6 +146,7 @@ def parse(text: str) -> Graph:
 
 
 _TOKEN = re.compile(r'\s*(%[\w.+/\-]+|@[\w.+/\-]+|[A-Za-z_]\w*|"[^"]*"|[=:;,()\[\]])')
+_INTEGER = re.compile(r"\s*(\d+)")
 _NUMBER = re.compile(r"\s*(-?[\d.]+(?:e[+-]?\d+)?)")
 _DIM = re.compile(r"\w+(?:\+\w+)*")
 
@@ -235,8 +240,13 @@ class _Reader:
             magnitude = parts[3] if parts[3:] else None
             base, a, b = parts[:3]
             recipe = Fold(base, a, b, self._number(), magnitude, kind == "fold_transposed")
+        elif kind in ("balance", "balance_interleaved"):
+            parts = list(self._parts())
+            if len(parts) != 2:
+                raise self.fail(f"2 weights instead of {len(parts)}")
+            recipe = Balance(parts[0], parts[1], self._integer(), kind == "balance_interleaved")
         else:
-            raise self.fail(f"source, alias, concat, encode or fold instead of {kind!r}")
+            raise self.fail(f"source, alias, concat, encode, fold or balance instead of {kind!r}")
         self.expect(")")
         return recipe
 
@@ -247,6 +257,13 @@ class _Reader:
             if self.peek()[:1] != "@":
                 return
             yield self.weight()
+
+    def _integer(self) -> int:
+        found = _INTEGER.match(self.line, self.at)
+        if not found:
+            raise self.fail("an integer")
+        self.at = found.end()
+        return int(found.group(1))
 
     def _number(self) -> float:
         found = _NUMBER.match(self.line, self.at)

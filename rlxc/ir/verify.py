@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError, VerifyError
-from rlxc.ir.graph import Alias, Concat, Dim, Encode, Fold, Graph, Node, TensorType, Weight
+from rlxc.ir.graph import Alias, Balance, Concat, Dim, Encode, Fold, Graph, Node, TensorType, Weight
 
 
 def verify(graph: Graph, *, after: str = "") -> None:
@@ -73,6 +73,10 @@ def _check_recipe(graph: Graph, weight: Weight) -> None:
             _check_fold(weight, fold)
             for part in fold.parts:
                 _check_recipe(graph, part)
+        case Balance() as balance:
+            _check_balance(weight, balance)
+            for part in balance.parts:
+                _check_recipe(graph, part)
 
 
 def _check_fold(weight: Weight, fold: Fold) -> None:
@@ -86,6 +90,17 @@ def _check_fold(weight: Weight, fold: Fold) -> None:
     for part, shape in zip(fold.parts[1:], expected):
         if part.type != TensorType(DType.F32, shape):
             raise GraphError(f"@{weight.name} is {weight.type}, it cannot fold @{part.name}: {part.type}")
+
+
+def _check_balance(weight: Weight, balance: Balance) -> None:
+    if weight.type.dtype is not DType.F32 or len(weight.type.shape) != 1:
+        raise GraphError(f"@{weight.name} is {weight.type}, only vectors in f32 can be balanced")
+    for part in balance.parts:
+        if part.type != weight.type:
+            raise GraphError(f"@{weight.name} is {weight.type}, it cannot balance @{part.name}: {part.type}")
+    (size,) = weight.type.shape
+    if not isinstance(size, int) or balance.dim not in range(0, size + 1, 2):
+        raise GraphError(f"@{weight.name} is {weight.type}, {balance.dim} of its channels cannot be rotated")
 
 
 def _check_types(graph: Graph) -> None:

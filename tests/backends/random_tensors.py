@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.dtypes import DType
-from rlxc.ir import Concat, Encode, Fold, Graph, Source
+from rlxc.ir import Balance, Concat, Encode, Fold, Graph, Source
 from rlxc.weights.formats import FORMATS
 
 
@@ -25,8 +25,8 @@ class RandomTensors:
                     pending += parts
                 case Encode(part):
                     pending.append(part)
-                case Fold() as fold:
-                    pending += fold.parts
+                case Fold() | Balance():
+                    pending += weight.recipe.parts
             if not isinstance(weight.recipe, Source):
                 continue
             shape = tuple(map(int, weight.type.shape))

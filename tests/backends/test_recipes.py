@@ -193,6 +193,66 @@ def test_folded_matrix_in_a_stack_is_encoded_in_its_own_rows() -> None:
     assert (np.abs(values[2:] - expected) <= blocks * (1 / 127 + 2**-11)).all()
 
 
+# --- balancing ----------------------------------------------------------------------------------------------------
+
+# Of the 20 channels of a vector, 16 are rotated.
+PAIRS = {
+    "balance": [[i, i + 8] for i in range(8)] + [[i] for i in range(16, 20)],
+    "balance_interleaved": [[2 * i, 2 * i + 1] for i in range(8)] + [[i] for i in range(16, 20)],
+}
+
+
+def balanced(own: Array, other: Array, pairs: list[list[int]]) -> Array:
+    """``own * sqrt(|other| / |own|)``, pair by pair."""
+    sizes = np.empty((2, len(own)))
+    for i, vector in enumerate((own, other)):
+        for pair in pairs:
+            sizes[i, pair] = np.sqrt(sum(vector[channel] ** 2 for channel in pair))
+        sizes[i] = np.maximum(sizes[i], sizes[i].sum() / len(own) / 100)
+    return own * np.sqrt(sizes[1] / sizes[0])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("zeros", [[], [3], [2, 3], [3, 11], [17], range(19)], ids=str)
+def test_balanced_vectors_meet_half_way(name: str, zeros: list[int]) -> None:
+    first = Recipe(f"f32[20] = {name}(@a: f32[20], @b: f32[20], 16)")
+    second = Recipe(f"f32[20] = {name}(@b: f32[20], @a: f32[20], 16)")
+    second.tensors = first.tensors
+    first.tensors.packed["b"].view(np.float32)[4] *= 1e4
+    first.tensors.packed["b"].view(np.float32)[zeros] = 0
+    a, b = (first.tensors.packed[key].view(np.float32).astype(np.float64) for key in "ab")
+    # Rounded to f32 once.
+    np.testing.assert_allclose(first.values()[:, 0], balanced(a, b, PAIRS[name]), rtol=1e-7, atol=0)
+    np.testing.assert_allclose(second.values()[:, 0], balanced(b, a, PAIRS[name]), rtol=1e-7, atol=0)
+    # And so twice in their product.
+    products = first.values()[:, 0].astype(np.float64) * second.values()[:, 0]
+    np.testing.assert_allclose(products, a * b, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_next_to_a_vector_of_zeros_nothing_changes(name: str) -> None:
+    recipe = Recipe("f32[20] = balance(@a: f32[20], @b: f32[20], 16)")
+    recipe.tensors.packed[name][:] = 0
+    assert recipe.bytes() == recipe.tensors.packed["a"].tobytes()
+
+
+def test_parts_of_a_balanced_vector_may_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = "@a: f32[20] = concat(@x: f32[7], @y: f32[13]), @b: f32[20]"
+    recipe = Recipe(f"f32[20] = balance({parts}, 0)")
+    expected = balanced(np.concatenate([recipe["x"], recipe["y"]]), recipe["b"], [[i] for i in range(20)])
+    monkeypatch.setattr(recipes, "CHUNK_VALUES", 3)
+    np.testing.assert_allclose(recipe.values()[:, 0], expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vector_that_is_not_finite_cannot_be_balanced(name: str, value: float) -> None:
+    recipe = Recipe("f32[20] = balance(@a: f32[20], @b: f32[20], 16)")
+    recipe.tensors.packed[name].view(np.float32)[5] = value
+    with pytest.raises(WeightError, match=r"^@w: balancing .* infinite or not a number; .* than int8$"):
+        recipe.bytes()
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from rlxc.artifact import KvPlan
 from rlxc.errors import RollbackError
@@ -31,7 +30,7 @@ _MOST_ACTIONS = 16
 
 
 class Fresh:
-    """Logits after tokens that are read from an empty sequence on, by a session that keeps no prefixes."""
+    """Logits of an artifact after tokens that are read from an empty sequence on, with nothing kept of others."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -87,8 +86,15 @@ class _Sequence:
 class Player:
     """Uses a session at random; the same seed does the same.
 
+    Args:
+        session: it keeps prefixes.
+        fresh: of the same artifact.
+        folder: for a snapshot's file.
+        tolerance: how far logits may be from a fresh run's.
+
     Attributes:
-        worst: the largest difference from a fresh run's logits so far.
+        worst: the largest difference so far.
+        done: how often each action was taken.
         refused: how often a sequence could not go back.
     """
 
@@ -263,5 +269,3 @@ ACTIONS: Mapping[str, int] = {
     "begin_alike": 2,
 }
 """The player's methods, and how often each is taken."""
-
-__all__ = ["ACTIONS", "Fresh", "Player", "pytest"]

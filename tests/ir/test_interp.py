@@ -12,7 +12,7 @@ import pytest
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError
 from rlxc.ir import RopeSpec, ops, parse
-from rlxc.ir.interp import evaluate, run
+from rlxc.ir.interp import evaluate, run, weight_array
 
 Floats = npt.NDArray[np.float64]
 
@@ -468,3 +468,32 @@ def test_floats_are_computed_in_f64() -> None:
     graph = parse("graph g\ninput %x: f32[1]\n%y = Add(%x, %x)\noutput %y")
     (y,) = run(graph, {"x": np.ones(1, np.float32)}, lambda name: np.zeros(1, np.float32)).values()
     assert y.dtype == np.float64
+
+
+def balanced(own: list[float], other: list[float], recipe: str, dim: int) -> Floats:
+    n, data = len(own), {"own": np.float32(own), "other": np.float32(other)}
+    graph = parse(f"graph g\nweight @w: f32[{n}] = {recipe}(@own: f32[{n}], @other: f32[{n}], {dim})")
+    return weight_array(graph, graph.weight["w"], data.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "order"), [("balance", [0, 1, 2, 3, 4]), ("balance_interleaved", [0, 2, 1, 3, 4])]
+)
+def test_vectors_are_balanced_by_the_pairs_that_rope_turns(recipe: str, order: list[int]) -> None:
+    # Of the pairs (0, 2) and (1, 3), in halves, and of channel 4: sizes 5, 10, 2 and 20, 2.5, 8.
+    own, other = np.array([3.0, 8, 4, 6, 2]), np.array([12.0, 1.5, 16, 2, 8])
+    pair = (own[order].tolist(), other[order].tolist())
+    assert_close(balanced(*pair, recipe, 4), np.array([6.0, 4, 8, 3, 4])[order])
+    assert_close(balanced(*pair[::-1], recipe, 4), np.array([6.0, 3, 8, 4, 4])[order])
+
+
+def test_sizes_below_a_hundredth_of_the_mean_are_raised_to_that() -> None:
+    own, other = [0.0, 2, 2, 4], [2.0, 2, 2, 1]  # with a mean of 2: 0.02 instead of 0
+    assert_close(balanced(own, other, "balance", 0), [0, 2, 2, 2])
+    assert_close(balanced(other, own, "balance", 0), [0.2, 2, 2, 2])
+
+
+def test_next_to_a_vector_of_zeros_nothing_changes() -> None:
+    own, zeros = [1.0, 2, 3, 4], [0.0] * 4
+    assert_close(balanced(own, zeros, "balance", 4), own)
+    assert_close(balanced(zeros, own, "balance", 4), zeros)

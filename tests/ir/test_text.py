@@ -14,6 +14,7 @@ from rlxc.dtypes import DType
 from rlxc.errors import GraphError, ParseError
 from rlxc.ir import (
     Alias,
+    Balance,
     Concat,
     Encode,
     Fold,
@@ -76,8 +77,15 @@ output %z
 """
 
 
-@pytest.mark.parametrize("text", [FOLDED, ADAPTED], ids=["recipes", "side paths"])
-def test_text_of_adapters_is_stable_and_sound(text: str) -> None:
+BALANCED = """\
+graph balanced
+weight @q: f32[8] = balance(@q.given: f32[8] = source("q"), @k: f32[8], 6)
+weight @k: f32[8] = balance_interleaved(@k: f32[8], @both: f32[8] = concat(@a: f32[3], @b: f32[5]), 0)
+"""
+
+
+@pytest.mark.parametrize("text", [FOLDED, ADAPTED, BALANCED], ids=["folds", "side paths", "norms"])
+def test_text_of_recipes_and_side_paths_is_stable_and_sound(text: str) -> None:
     graph = parse(text)
     assert show(graph) == text
     verify(graph)
@@ -99,6 +107,16 @@ def test_parsing_gives_the_recipes() -> None:
     assert weights["t"].recipe.transposed
     assert weights["t"].tensors == ("t", "ta", "tb")
     assert weights["both"].tensors == ("v", "u")
+
+
+def test_parsing_gives_balanced_vectors() -> None:
+    weights = parse(BALANCED).weight
+    q, k = (Weight(name, TensorType(DType.F32, (8,)), Source(name[0])) for name in ("q.given", "k"))
+    assert weights["q"].recipe == Balance(q, k, 6)
+    assert isinstance(weights["k"].recipe, Balance)
+    assert (weights["k"].recipe.dim, weights["k"].recipe.interleaved) == (0, True)
+    assert weights["q"].tensors == ("q", "k")
+    assert weights["k"].tensors == ("k", "a", "b")
 
 
 def test_text_of_a_graph_is_stable() -> None:
@@ -197,7 +215,9 @@ def graphs(draw: st.DrawFn) -> Graph:
     inputs = tuple(Value(next(free), x) for _ in range(draw(st.integers(1, 3))))
     values = [value.name for value in inputs]
     norm = Weight(next(free), TensorType(DType.F32, (size,)), Source("norm"))
-    weights = [norm, Weight(next(free), norm.type, Alias(norm.name))]
+    parts = (Weight(draw(names), norm.type, Source(draw(names))) for _ in range(2))
+    balance = Balance(*parts, draw(st.sampled_from([0, 2, size])), draw(st.booleans()))
+    weights = [norm, Weight(next(free), norm.type, Alias(norm.name)), Weight(next(free), norm.type, balance)]
     for _ in range(draw(st.integers(0, 2))):
         name = next(free)
         recipe = draw(recipes(name))
@@ -218,7 +238,7 @@ def graphs(draw: st.DrawFn) -> Graph:
             nodes.append(Node(ops.Add(), (of, draw(st.sampled_from(values))), (name,)))
         elif kind == "norm":
             nodes.append(
-                Node(ops.RmsNorm(draw(floats)), (of, draw(st.sampled_from(weights[:2])).name), (name,))
+                Node(ops.RmsNorm(draw(floats)), (of, draw(st.sampled_from(weights[:3])).name), (name,))
             )
         else:
             value = draw(floats | st.lists(floats, min_size=1, max_size=3).map(tuple))
@@ -266,7 +286,7 @@ UNREADABLE = {
     "input without type": ("input %z", "':'"),
     "unknown recipe": (
         "weight @z: f32[2] = zeros()",
-        "source, alias, concat, encode or fold instead of 'zeros'",
+        "source, alias, concat, encode, fold or balance instead of 'zeros'",
     ),
     "encoding nothing": ("weight @z: f32[2] = encode()", "a name after @"),
     "encoding two weights": ("weight @z: f32[2] = encode(@a: f32[2], @b: f32[2])", "')'"),
@@ -279,6 +299,9 @@ UNREADABLE = {
         "weight @z: f32[2] = fold(@a: f32[2], @b: f32[2], @c: f32[2], big)",
         "a number",
     ),
+    "balance of one weight": ("weight @z: f32[2] = balance(@a: f32[2], 2)", "2 weights instead of 1"),
+    "balance without a number": ("weight @z: f32[2] = balance(@a: f32[2], @b: f32[2])", "an integer"),
+    "balance of half a channel": ("weight @z: f32[2] = balance(@a: f32[2], @b: f32[2], 0.5)", "')'"),
     "alias without mark": ("weight @z: f32[2] = alias(w)", "a name after @"),
     "more than a line holds": ("output %x %y", "the end of the line"),
     "a line of nothing known": ("hello", "a name after %"),

@@ -10,6 +10,7 @@ from rlxc.dtypes import DType
 from rlxc.errors import VerifyError
 from rlxc.ir import (
     Alias,
+    Balance,
     Concat,
     Encode,
     Fold,
@@ -227,3 +228,49 @@ def test_what_is_folded_is_checked() -> None:
         parts[number] = replace(parts[number], recipe=Alias("nowhere"))
         graph = with_weights(weight("w", 3, 4, recipe=Fold(*parts, 1.0)))
         assert f"@{name} is an alias of @nowhere" in problem(graph)
+
+
+VECTOR, OTHER = weight("v", 6), weight("o", 6)
+
+
+@pytest.mark.parametrize("dim", [0, 4, 6])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_vectors_of_one_length_can_be_balanced(dim: int, interleaved: bool) -> None:
+    verify(with_weights(weight("w", 6, recipe=Balance(VECTOR, OTHER, dim, interleaved))))
+
+
+@pytest.mark.parametrize(
+    ("whole", "balance", "expected"),
+    [
+        (VECTOR.type, Balance(weight("v", 4), OTHER, 4), "f32[6], it cannot balance @v: f32[4]"),
+        (VECTOR.type, Balance(VECTOR, weight("o", 6, 1), 4), "f32[6], it cannot balance @o: f32[6, 1]"),
+        (
+            VECTOR.type,
+            Balance(VECTOR, Weight("o", TensorType(DType.F16, (6,)), Source("o")), 4),
+            "f32[6], it cannot balance @o: f16[6]",
+        ),
+        (VECTOR.type, Balance(VECTOR, OTHER, 3), "f32[6], 3 of its channels cannot be rotated"),
+        (VECTOR.type, Balance(VECTOR, OTHER, 8), "f32[6], 8 of its channels cannot be rotated"),
+        (VECTOR.type, Balance(VECTOR, OTHER, -2), "f32[6], -2 of its channels cannot be rotated"),
+        (
+            TensorType(DType.F16, (6,)),
+            Balance(VECTOR, OTHER, 4),
+            "f16[6], only vectors in f32 can be balanced",
+        ),
+        (
+            TensorType(DType.F32, (6, 1)),
+            Balance(weight("v", 6, 1), weight("o", 6, 1), 4),
+            "f32[6, 1], only vectors in f32 can be balanced",
+        ),
+    ],
+)
+def test_what_cannot_be_balanced_is_refused(whole: TensorType, balance: Balance, expected: str) -> None:
+    assert problem(with_weights(Weight("w", whole, balance))) == f"@w is {expected}"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_balanced_is_checked(number: int) -> None:
+    parts = [VECTOR, OTHER]
+    parts[number] = replace(parts[number], recipe=Alias("nowhere"))
+    graph = with_weights(weight("w", 6, recipe=Balance(*parts, 6)))
+    assert f"@{parts[number].name} is an alias of @nowhere" in problem(graph)
