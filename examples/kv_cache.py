@@ -60,22 +60,26 @@ def main() -> None:
 
 
 def rollback(session: Session) -> Iterator[str]:
-    """Snapshot, restore, truncate and fork, with a full context."""
+    """Going back and branching with a full context: right after a token, when the CPU's caches are cold, and again."""
     session.prefill(random_ids(session, DEPTH))
     kept = session.snapshot()
-    timed: dict[str, list[float]] = {"snapshot": [], "restore": [], "truncate": [], "fork": []}
-    for _ in range(100):
-        session.decode(5)
-        timed["truncate"].append(seconds(lambda: session.truncate(DEPTH)))
-        session.decode(5)
-        timed["snapshot"].append(seconds(session.snapshot))
-        timed["restore"].append(seconds(lambda: session.restore(kept)))
-        started = time.perf_counter()
-        fork = session.fork()
-        timed["fork"].append(time.perf_counter() - started)
-        fork.close()
-    for name, times in timed.items():
-        yield f"{name} at {DEPTH} tokens: {1e6 * statistics.median(times):.0f} us, the slowest {1e6 * max(times):.0f}"
+    works: dict[str, Callable[[], object]] = {
+        "snapshot": session.snapshot,
+        "restore": lambda: session.restore(kept),
+        "truncate": lambda: session.truncate(session.position - 1),
+        "fork": session.fork,
+    }
+    for name, work in works.items():
+        cold, warm = [], []
+        for _ in range(50):
+            session.restore(kept)
+            session.decode(5)
+            cold.append(1e6 * seconds(work))
+            warm.append(1e6 * seconds(work))
+        yield (
+            f"{name} at {DEPTH} tokens: {statistics.median(cold):.0f} us right after a token, "
+            f"{statistics.median(warm):.0f} again"
+        )
     session.reset()
 
 
@@ -153,10 +157,12 @@ def rate(completion: rlxc.runtime.Completion) -> float:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """How long it takes; letting go of what it makes is no part of it."""
     started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    made = work()
+    taken = time.perf_counter() - started
+    del made
+    return taken
 
 
 def random_ids(session: Session, count: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +200,8 @@ class SessionAdapters:
 
     def fork(self, using: Callable[[], AbstractContextManager[None]]) -> SessionAdapters:
         """The same adapters on a stack of its own, for a fork of the session; the caller holds the session."""
-        fork = copy(self)
+        fork = SessionAdapters.__new__(SessionAdapters)
+        vars(fork).update(vars(self))
         fork._using, fork._loaded, fork._entries = using, dict(self._loaded), self._entries.copy()
         fork._folded = dict(self._folded)
         return fork
