@@ -124,9 +124,14 @@ class PrefixCache:
         self._entries.clear()
 
     def _longest(self, tokens: Tokens, readings: Readings) -> tuple[_Entry | None, int]:
-        """The entry with the longest usable beginning of these tokens, and how long it is."""
-        best, most = None, 0
+        """The entry with the longest usable beginning of these tokens, and how long it is.
+
+        The whole prompt, which is one token longer, must be as free to be cut back as if it had been read anew.
+        """
+        best, most, free = None, 0, max(0, len(tokens) + 1 - self._model.rollback)
         for entry in reversed(self._entries):
+            if entry.oldest > free:
+                continue
             limit = min(len(entry.tokens), len(tokens))
             # One that is no better than the best usually differs where a better one would have to agree.
             if limit <= most or entry.tokens[most] != tokens[most]:

@@ -106,8 +106,9 @@ class TvmEngine:
             aligned(sequences, count, width) for width in (self.vocab_size, blocks, blocks)
         )
         stacks = self._stacks.tensors(sequences, mixes)
+        tables = np.empty(sequences, np.int64)
         tensors: tuple[npt.NDArray[Any], ...] = (
-            np.array([cache.tables - self._address for cache in caches], np.int64),
+            tables,
             np.array([cache.position for cache in caches], np.int32),
             ids.reshape(-1),
             rows,
@@ -119,6 +120,7 @@ class TvmEngine:
 
         def run() -> None:  # all of it where no Ctrl-C comes between
             _reserve(caches, step)
+            tables[:] = [cache.tables - self._address for cache in caches]  # where they are by now
             self._step(*self._fixed, *stacks, *passed, sequences, step, count)
             for cache in caches:
                 cache.advance(step)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from small_model import VOCAB
 
 from rlxc.artifact import KvPlan
 from rlxc.errors import RollbackError
@@ -21,9 +22,6 @@ from rlxc.runtime import KvSnapshot, Session
 
 Logits = npt.NDArray[np.float32]
 Tokens = tuple[int, ...]
-
-VOCAB = 300
-"""Of the tiny models; the first three tokens are special ones."""
 
 _MOST_SESSIONS, _MOST_SNAPSHOTS = 3, 4
 _MOST_ACTIONS = 16
@@ -68,7 +66,9 @@ class Rollback:
         limited = [layer for layer in plan.layers if layer.window and layer.capacity < plan.context]
         self.forgets = bool(limited)
         self._least = plan.rollback
-        self._most = min((layer.capacity - (layer.window or 0) + 1 for layer in limited), default=plan.context)
+        self._most = min(
+            (layer.capacity - (layer.window or 0) + 1 for layer in limited), default=plan.context
+        )
 
     def must_work(self, held: Held, position: int) -> bool:
         return not self.forgets or held.most - position <= self._least
@@ -125,7 +125,8 @@ class Player:
                 getattr(self, name)()
                 self.done[name] += 1
                 self.check()
-            for self.current in self.sequences:  # what nobody has looked at since the last change
+            for sequence in self.sequences:  # what nobody has looked at since the last change
+                self.current = sequence
                 self.decode()
             for snapshot, held in self.snapshots:
                 self.note("last restore", held)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from playing import ACTIONS, Fresh, Player
-from tiny import LAYERS, shapes, write_tiny_model
+from small_model import write_small_model
 
 import rlxc
 from rlxc.artifact import BackendName, KvCacheType
@@ -58,34 +58,17 @@ CASES = (
 Play = Callable[[Case], Player]
 
 
-def write_model(path: Path, windows: bool) -> Path:
-    """Two layers of Gemma 3, of which the first has a window of 8; or one layer of Llama."""
-    architecture, layers = ("gemma3", 2) if windows else ("llama", 1)
-    metadata: dict[str, Any] = {"block_count": layers}
-    if windows:
-        metadata["attention.sliding_window_pattern"] = 2
-    beyond = tuple(f"blk.{i}." for i in range(layers, LAYERS[architecture]))
-    names = [name for name, _ in shapes(architecture, 1, True, False, None)]
-    return write_tiny_model(
-        path,
-        architecture,
-        kv_heads=1,
-        window=8 if windows else 0,
-        seed=3,
-        metadata=metadata,
-        tensors={name: None for name in names if name.startswith(beyond)},
-    )
-
-
 @pytest.fixture(scope="module")
-def make_player(compile_exact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
+def make_player(
+    compile_exact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Play]:
     """``make_player(case)``: a player on sessions that stay open, with nothing played yet."""
     folder = tmp_path_factory.mktemp("models")
     opened: list[Session] = []
 
     @cache
     def model(windows: bool) -> Path:
-        return write_model(folder / f"{windows}.gguf", windows)
+        return write_small_model(folder / f"{windows}.gguf", windows)
 
     @cache
     def sessions(case: Case) -> tuple[Session, Fresh]:
@@ -127,6 +110,23 @@ def test_windows_forget(make_player: Play) -> None:
             assert layouts == {"paged"} and len(plan.pages) == 1 + case.windows
         else:
             assert layouts == ({"ring", "linear"} if case.windows else {"linear"})
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=lambda case: case.name)
+def test_rollback_does_not_depend_on_what_was_read_before(make_player: Play, case: Case) -> None:
+    """A prompt that begins as a longer one did can be taken back as far as one that was read whole."""
+    player = make_player(case)
+    session, rng = player.session, np.random.default_rng(0)
+    for shared in (*range(60, 90), *range(130, 150)):
+        longer = tuple(rng.integers(3, 300, 150).tolist())
+        session.reset()
+        session.prefill(longer)
+        session.reset()
+        prompt = (*longer[:shared], 3, 4)
+        session.prefill(prompt)
+        session.truncate(len(prompt) - ROLLBACK)
+        tokens = (*prompt[:-ROLLBACK], 5)
+        assert np.abs(session.decode(5) - player.fresh.after(tokens)).max() <= case.tolerance
 
 
 # --- what the tolerances notice ---------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Causal attention of a step's queries over the KV cache, with a running softmax in f32.
 
 A row is the query of one token and one head; the heads of a group share keys and values, so their rows stand side by
-side. A task is a sequence, a kv head, a block of rows, and, where there are few such blocks and many keys, a split
-of the keys. It walks its keys in blocks: scores, softmax, values. Both products keep their sums in registers: a load
-of keys or values serves all rows, and every other instruction of the inner loops is a multiply-add.
+side. A task is a sequence, a kv head and a block of rows. It walks its keys in blocks: scores, softmax, values. Both
+products keep their sums in registers: a load of keys or values serves all rows, and every other instruction of the
+inner loops is a multiply-add.
+
+Keys are cut into segments at fixed positions; what the segments give is added up in their order. Where there are few
+tasks and many keys, each segment is a task of its own. So a token's result is the same, bit for bit, whatever other
+tokens are in its step: a guess that is verified gives the logits that it would give alone.
 
 Sources: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022 (FlashAttention)
-for the walk over blocks of keys; Dao et al. 2023 (Flash-Decoding) for the splits.
+for the walk over blocks of keys; Dao et al. 2023 (Flash-Decoding) for the segments.
 """
 
 from __future__ import annotations
@@ -31,15 +35,18 @@ from rlxc.backends.tvm.kernels.kernel import (
     serial,
     when,
 )
-from rlxc.backends.tvm.kernels.math import exp, reduce_sum
+from rlxc.backends.tvm.kernels.math import exp, reduce_sum, vanishing_exp
 from rlxc.backends.tvm.kernels.rope import digits
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.errors import OptionError
 
 __all__ = ["AttentionKnobs", "attention_kernel", "workspace_floats"]
 
-# A split has at least so many keys, and there are at most so many tasks that share a block of rows with others.
-_SPLIT_KEYS, _SPLITS, _SPLIT_TASKS = 256, (2, 4, 8), 64
+# Positions of a segment: whole pages and blocks.
+_SEGMENT = 512
+
+# With more tasks, none is cut into segments; the workspace holds the results of so many segments.
+_FEW_TASKS, _SLOTS = 32, 512
 
 # One thread reads so many keys' channels in the two microseconds that a parallel region must save.
 _SERIAL_CHANNELS = 16384
@@ -47,7 +54,7 @@ _SERIAL_CHANNELS = 16384
 
 def workspace_floats(knobs: AttentionKnobs, head_dim: int) -> int:
     """The f32 that :func:`attention_kernel` needs as workspace, whatever it is called with."""
-    return _SPLIT_TASKS * knobs.rows * (head_dim + 2)
+    return _SLOTS * knobs.rows * (head_dim + 2)
 
 
 def attention_kernel(
@@ -115,6 +122,15 @@ class _Call:
 
 
 @dataclass(frozen=True)
+class _Sums:
+    """What the segments of some rows have given so far: values, and in every lane the largest score and the powers."""
+
+    mixed: Buffer
+    largest: Buffer
+    total: Buffer
+
+
+@dataclass(frozen=True)
 class _Attention:
     """Tasks of blocks."""
 
@@ -146,7 +162,7 @@ class _Attention:
         small = bind(all_of(total <= self.row_counts[0], splits == 1, tasks * seen <= least))
         with when(small), serial(tasks) as task:
             rows = self._rows(call, task, const(0), total)
-            self._attend(call, rows, self.row_counts[0], const(0), const(1), task)
+            self._attend(call, rows, self.row_counts[0])
         with when(Not(small)):
             with parallel(tasks * splits) as task:
                 order = settled(T.truncmod(task, blocks))
@@ -157,11 +173,14 @@ class _Attention:
                 head = T.truncdiv(T.truncdiv(task, blocks), splits)
                 rows = self._rows(call, head, settled(block), total)
                 split = settled(T.truncmod(T.truncdiv(task, blocks), splits))
-                slot = settled((head * blocks + block) * splits + split)
+                slot = settled(((head * blocks + block) * splits + split) * self.block.knobs.rows)
                 least = 0
                 for count in self.row_counts:
                     with when(all_of(rows.count > least, rows.count <= count)):
-                        self._attend(call, rows, count, split, splits, slot)
+                        with when(splits == 1):
+                            self._attend(call, rows, count)
+                        with when(splits > 1):
+                            self._attend_to_segment(call, rows, count, split, slot)
                     least = count
             with when(splits > 1), serial(tasks) as task:
                 rows = self._rows(call, T.truncdiv(task, blocks), settled(T.truncmod(task, blocks)), total)
@@ -180,11 +199,12 @@ class _Attention:
         )
 
     def _splits(self, tasks: Expr, seen: Expr) -> Expr:
-        splits: Expr = const(1)
-        for count in _SPLITS:
-            worth = (seen >= count * _SPLIT_KEYS) & (tasks * count <= _SPLIT_TASKS)
-            splits = Select(worth, const(count), splits)
-        return splits
+        """Into how many segments tasks are cut: as many as the longest sequence has, or 1 for none."""
+        segments = settled(T.truncdiv(seen + (_SEGMENT - 1), _SEGMENT))
+        if self.block.window is not None:
+            segments = settled(segments + 1)  # a window may begin inside one
+        worth = (seen > _SEGMENT) & (tasks <= _FEW_TASKS) & (tasks * segments <= _SLOTS)
+        return Select(worth, segments, const(1))
 
     def _rows(self, call: _Call, head: Expr, block: Expr, total: Expr) -> Rows:
         sequence = settled(T.truncdiv(head, self.block.shape.kv_heads))
@@ -200,10 +220,52 @@ class _Attention:
         kv_head = settled(T.truncmod(head, self.block.shape.kv_heads))
         return Rows(sequence, kv_head, begin, total, count, past, first, end)
 
-    def _attend(self, call: _Call, rows: Rows, count: int, split: Expr, splits: Expr, slot: Expr) -> None:
+    def _attend(self, call: _Call, rows: Rows, count: int) -> None:
         """One task, with code for ``count`` rows: those beyond the block's last are that one again."""
+        state = self._state(count)
+        dim, lanes = self.block.shape.head_dim, self.block.wide.lanes
+        sums = _Sums(
+            local(count * dim, "float32"), local(count * lanes, "float32"), local(count * lanes, "float32")
+        )
+        self._load_queries(call, rows, state)
+        with serial(count) as row:
+            self._clear(sums, row)
+        begin = settled(T.truncdiv(rows.first, _SEGMENT))
+        with serial(T.truncdiv(rows.end - 1, _SEGMENT) + 1 - begin) as segment:
+            self._walk(call, rows, state, settled(begin + segment))
+            with serial(rows.count) as row:
+                self._add(sums, row, state.mixed, row * dim, state.largest[row], self._total(state, row))
+        with serial(rows.count) as row:
+            self._finish(call, rows, row, sums, row)
+
+    def _attend_to_segment(self, call: _Call, rows: Rows, count: int, split: Expr, slot: Expr) -> None:
+        """As :meth:`_attend`, but one segment: all that it gives is left in the workspace, from row ``slot`` on."""
+        state = self._state(count)
+        self._load_queries(call, rows, state)
+        self._walk(call, rows, state, settled(T.truncdiv(rows.first, _SEGMENT) + split))
+        wide, dim = self.block.wide, self.block.shape.head_dim
+        with serial(rows.count) as row:
+            at = settled((slot + row) * self.slot)
+            with serial(dim // wide.lanes) as i:
+                mixed = wide.load(state.mixed, row * dim + i * wide.lanes)
+                wide.store(call.workspace, at + i * wide.lanes, mixed)
+            T.buffer_store(call.workspace, state.largest[row], [at + dim])
+            T.buffer_store(call.workspace, self._total(state, row), [at + dim + 1])
+
+    def _combine(self, call: _Call, rows: Rows, row: Expr, splits: Expr, task: Expr) -> None:
+        """Add up what the segments of a row have left."""
+        dim, lanes = self.block.shape.head_dim, self.block.wide.lanes
+        sums = _Sums(local(dim, "float32"), local(lanes, "float32"), local(lanes, "float32"))
+        self._clear(sums, const(0))
+        with serial(splits) as split:
+            at = settled(((task * splits + split) * self.block.knobs.rows + row) * self.slot)
+            largest, total = (call.workspace[at + dim + i] for i in range(2))
+            self._add(sums, const(0), call.workspace, at, largest, total)
+        self._finish(call, rows, row, sums, const(0))
+
+    def _state(self, count: int) -> State:
         dim, lanes, keys = self.block.shape.head_dim, self.block.vectors.lanes, self.block.knobs.keys
-        state = State(
+        return State(
             count,
             queries=local(count * dim, "float32"),
             scores=local(count * keys, "float32"),
@@ -212,14 +274,21 @@ class _Attention:
             shrink=local(count * lanes, "float32"),
             mixed=local(count * dim, "float32"),
         )
-        self._start(call, rows, state)
-        # Blocks divide pages evenly, and splits start at whole blocks.
-        from_block = settled(bitwise_and(rows.first, -keys))
-        blocks = T.truncdiv(rows.end - from_block + (keys - 1), keys)
-        share = settled(T.truncdiv(blocks + splits - 1, splits))
-        begin = settled(from_block + split * share * keys)
-        mine = T.max(T.min(share, blocks - split * share), const(0))
-        with serial(mine) as block:
+
+    def _walk(self, call: _Call, rows: Rows, state: State, segment: Expr) -> None:
+        """Take in the keys of one segment that the rows see, if there are any."""
+        dim, wide, keys = self.block.shape.head_dim, self.block.wide, self.block.knobs.keys
+        with serial(state.rows) as row:
+            with serial(dim // wide.lanes) as i:
+                wide.store(state.mixed, row * dim + i * wide.lanes, wide.splat(0.0))
+            T.buffer_store(state.largest, const(NOTHING, "float32"), [row])
+            self.block.vectors.store(
+                state.sums, row * self.block.vectors.lanes, self.block.vectors.splat(0.0)
+            )
+        # Blocks divide pages evenly, and segments are whole blocks.
+        begin = settled(T.max(bitwise_and(rows.first, -keys), segment * _SEGMENT))
+        end = T.min(rows.end, (segment + 1) * _SEGMENT)
+        with serial(T.max(T.truncdiv(end - begin + (keys - 1), keys), const(0))) as block:
             position = settled(begin + block * keys)
             here = self.block.find(call.pages, rows, position)
             ahead = self.block.find_next(call.pages, rows, state, position)
@@ -227,83 +296,57 @@ class _Attention:
             self.block.hide(rows, state, position)
             self.block.soften(state)
             self.block.mix(call.pages, rows, state, position, here, ahead)
-        with serial(rows.count) as row:
-            with when(splits == 1):
-                self._finish(call, rows, state, row)
-            with when(splits > 1):
-                self._leave(call, state, row, (slot * self.block.knobs.rows + row) * self.slot)
 
-    def _start(self, call: _Call, rows: Rows, state: State) -> None:
+    def _load_queries(self, call: _Call, rows: Rows, state: State) -> None:
         dim, wide = self.block.shape.head_dim, self.block.wide
-        zero = self.block.vectors.splat(0.0)
         with serial(state.rows) as row:
             token, head = self.block.token(rows, row)
             at = settled(((rows.sequence * call.step + token) * self.heads + head) * dim)
             with serial(dim // wide.lanes) as i:
                 query = wide.load(call.rotated, at + i * wide.lanes) * wide.splat(self.scale)
                 wide.store(state.queries, row * dim + i * wide.lanes, query)
-                wide.store(state.mixed, row * dim + i * wide.lanes, wide.splat(0.0))
-            T.buffer_store(state.largest, const(NOTHING, "float32"), [row])
-            self.block.vectors.store(state.sums, row * self.block.vectors.lanes, zero)
 
-    def _finish(self, call: _Call, rows: Rows, state: State, row: Expr) -> None:
-        """The only split of a row: divide by the sum."""
+    def _total(self, state: State, row: Expr) -> Expr:
+        """The sum of a row's powers."""
+        lanes = self.block.vectors.lanes
+        return reduce_sum(self.block.vectors, self.block.vectors.load(state.sums, row * lanes))
+
+    def _clear(self, sums: _Sums, row: Expr) -> None:
+        wide, dim = self.block.wide, self.block.shape.head_dim
+        with serial(dim // wide.lanes) as i:
+            wide.store(sums.mixed, row * dim + i * wide.lanes, wide.splat(0.0))
+        wide.store(sums.largest, row * wide.lanes, wide.splat(NOTHING))
+        wide.store(sums.total, row * wide.lanes, wide.splat(0.0))
+
+    def _add(self, sums: _Sums, row: Expr, mixed: Buffer, at: Expr, largest: Expr, total: Expr) -> None:
+        """Add a segment to those before it; the one with the smaller largest score shrinks."""
+        wide, dim = self.block.wide, self.block.shape.head_dim
+        place = row * wide.lanes
+        before, new = bind(wide.load(sums.largest, place)), bind(wide.splat(largest))
+        top = bind(T.max(before, new))
+        shrink, factor = bind(vanishing_exp(wide, before - top)), bind(vanishing_exp(wide, new - top))
+        wide.store(sums.largest, place, top)
+        wide.store(
+            sums.total, place, wide.fma(wide.splat(total), factor, wide.load(sums.total, place) * shrink)
+        )
+        with serial(dim // wide.lanes) as i:
+            to = row * dim + i * wide.lanes
+            part = wide.load(mixed, at + i * wide.lanes)
+            wide.store(sums.mixed, to, wide.fma(part, factor, wide.load(sums.mixed, to) * shrink))
+
+    def _finish(self, call: _Call, rows: Rows, row: Expr, sums: _Sums, place: Expr) -> None:
+        """All segments of a row are there: divide by the sum."""
         wide, dim = self.block.wide, self.block.shape.head_dim
         token, head = self.block.token(rows, row)
-        total = reduce_sum(
-            self.block.vectors, self.block.vectors.load(state.sums, row * self.block.vectors.lanes)
-        )
-        largest = bind(wide.splat(state.largest[row]))
+        largest = bind(wide.load(sums.largest, place * wide.lanes))
         top = self._with_sink(call, head, largest)
         shrink = bind(exp(wide, largest - top))
-        factor = bind(shrink / self._total_with_sink(call, head, bind(wide.splat(total)) * shrink, top))
+        total = wide.load(sums.total, place * wide.lanes) * shrink
+        factor = bind(shrink / self._total_with_sink(call, head, total, top))
         to = settled((rows.sequence * call.step + token) * self.out_stride + head * dim)
         with serial(dim // wide.lanes) as i:
-            wide.store(
-                call.out, to + i * wide.lanes, wide.load(state.mixed, row * dim + i * wide.lanes) * factor
-            )
-
-    def _leave(self, call: _Call, state: State, row: Expr, at: Expr) -> None:
-        """One of several splits of a row: leave all in the workspace."""
-        wide, dim, at = self.block.wide, self.block.shape.head_dim, settled(at)
-        with serial(dim // wide.lanes) as i:
-            wide.store(
-                call.workspace, at + i * wide.lanes, wide.load(state.mixed, row * dim + i * wide.lanes)
-            )
-        total = reduce_sum(
-            self.block.vectors, self.block.vectors.load(state.sums, row * self.block.vectors.lanes)
-        )
-        T.buffer_store(call.workspace, state.largest[row], [at + dim])
-        T.buffer_store(call.workspace, total, [at + dim + 1])
-
-    def _combine(self, call: _Call, rows: Rows, row: Expr, splits: Expr, task: Expr) -> None:
-        """Add up what a row's splits have left, each shrunk to the largest score of all."""
-        wide, dim = self.block.wide, self.block.shape.head_dim
-        token, head = self.block.token(rows, row)
-        at = settled((task * splits * self.block.knobs.rows + row) * self.slot)
-        apart = self.block.knobs.rows * self.slot
-        to = settled((rows.sequence * call.step + token) * self.out_stride + head * dim)
-
-        def left(split: Expr, which: int) -> Expr:
-            return wide.splat(call.workspace[at + split * apart + dim + which])
-
-        largest, total = local(wide.lanes, "float32"), local(wide.lanes, "float32")
-        wide.store(largest, 0, left(const(0), 0))
-        with serial(splits, 1) as split:
-            wide.store(largest, 0, T.max(wide.load(largest, 0), left(split, 0)))
-        top = self._with_sink(call, head, wide.load(largest, 0))
-        wide.store(total, 0, self._total_with_sink(call, head, wide.splat(0.0), top))
-        with serial(splits) as split:
-            shrink = exp(wide, left(split, 0) - top)
-            wide.store(total, 0, wide.fma(shrink, left(split, 1), wide.load(total, 0)))
-        with serial(dim // wide.lanes) as i:
-            wide.store(call.out, to + i * wide.lanes, wide.splat(0.0))
-        with serial(splits) as split:
-            factor = bind(exp(wide, left(split, 0) - top) / wide.load(total, 0))
-            with serial(dim // wide.lanes) as i:
-                part = wide.load(call.workspace, at + split * apart + i * wide.lanes)
-                place = to + i * wide.lanes
-                wide.store(call.out, place, wide.fma(part, factor, wide.load(call.out, place)))
+            mixed = wide.load(sums.mixed, place * dim + i * wide.lanes)
+            wide.store(call.out, to + i * wide.lanes, mixed * factor)
 
     def _with_sink(self, call: _Call, head: Expr, largest: Expr) -> Expr:
         """The largest score, the sink's included."""

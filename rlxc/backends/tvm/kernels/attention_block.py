@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as T
 
 from rlxc.backends.tvm.kernels.cache import TILE, CacheShape, Pages
 from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, bind, local, serial, when
-from rlxc.backends.tvm.kernels.math import exp, reduce_max, tanh
+from rlxc.backends.tvm.kernels.math import reduce_max, tanh, vanishing_exp
 from rlxc.backends.tvm.kernels.rope import dividing
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.targets import CpuTarget
@@ -266,12 +266,12 @@ class Block:
             now = bind(reduce_max(vectors, vectors.load(largest, 0)))
             T.buffer_store(state.largest, now, [row])
             top = bind(vectors.splat(now))
-            shrink = bind(exp(vectors, vectors.splat(before) - top))
+            shrink = bind(vanishing_exp(vectors, vectors.splat(before) - top))
             vectors.store(state.shrink, row * lanes, shrink)
             vectors.store(total, 0, vectors.load(state.sums, row * lanes) * shrink)
             with serial(keys // (lanes * together)) as i:
                 for place in (row * keys + (i * together + v) * lanes for v in range(together)):
-                    power = bind(exp(vectors, vectors.load(state.scores, place) - top))
+                    power = bind(vanishing_exp(vectors, vectors.load(state.scores, place) - top))
                     vectors.store(state.scores, place, power)
                     vectors.store(total, 0, vectors.load(total, 0) + power)
             vectors.store(state.sums, row * lanes, vectors.load(total, 0))

@@ -53,6 +53,12 @@ def exp(vectors: Vectors, x: Expr) -> Expr:
     return vectors.as_floats(vectors.as_words(tail + vectors.splat(1.0)) + exponent)
 
 
+def vanishing_exp(vectors: Vectors, x: Expr) -> Expr:
+    """As :func:`exp`, but 0 below -87: what weighs nothing must not decide how a sum is rounded."""
+    x = bind(x)
+    return Select(x < vectors.splat(_EXP_LEAST), vectors.splat(0.0), exp(vectors, x))
+
+
 def sigmoid(vectors: Vectors, x: Expr) -> Expr:
     """1 / (1 + e^-x)."""
     one = vectors.splat(1.0)
