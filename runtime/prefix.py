@@ -78,11 +78,12 @@ class PrefixCache:
         new = _Entry(sequence.fork())
         if sum(new.memory.values()) > self._budget:
             return
-        known = next((entry for entry in reversed(self._entries) if entry.covers(new)), None)
+        rollback = self._model.rollback
+        known = next((entry for entry in reversed(self._entries) if entry.covers(new, rollback)), None)
         if known is not None:
             self._touch(known)
             return
-        self._entries = [entry for entry in self._entries if not new.covers(entry)]
+        self._entries = [entry for entry in self._entries if not new.covers(entry, rollback)]
         self._entries.append(new)
         self._drop_oldest()
 
@@ -173,10 +174,12 @@ class _Entry:
         """See `Cache.memory`. A piece of it grows where a sequence that shares it goes on in place."""
         return self.sequence.cache.memory
 
-    def covers(self, other: _Entry) -> bool:
-        """Whether this can be cut back to what the other one holds."""
+    def covers(self, other: _Entry, rollback: int) -> bool:
+        """Whether this serves every prompt that the other one serves; one that goes on has a token more at least."""
         count = len(other.tokens)
-        if not self.oldest <= count <= len(self.tokens) or self.tokens[count - 1] != other.tokens[-1]:
+        if count > len(self.tokens) or self.oldest > max(0, count + 1 - rollback):
+            return False
+        if self.tokens[count - 1] != other.tokens[-1]:
             return False
         return _agreement(self.tokens[:count], other.tokens, self.readings, other.readings) == count
 

@@ -161,9 +161,10 @@ def test_prompt_that_does_not_fit_is_refused_before_anything_happens(model: Mode
 def test_long_prompt_with_a_window_can_be_left_at_its_points(make_model: MakeModel) -> None:
     model = make_model(window=True)
     prefixes = PrefixCache(model, PLENTY)
-    prefixes.read(count_up(38), ())  # points after 16 and 32 tokens, and the end, which can be cut back to 32
-    assert len(prefixes) == 2
-    for shared, usable in [(37, 37), (32, 32), (31, 16), (16, 16), (15, 15), (10, 10), (9, 0)]:
+    prefixes.read(count_up(38), ())  # points after 16 and 32 tokens, and the end
+    assert len(prefixes) == 3
+    # Afterwards all of the prompt, two tokens more than is shared, can be cut back by 6.
+    for shared, usable in [(37, 37), (32, 32), (30, 30), (29, 16), (16, 16), (14, 14), (13, 0)]:
         prompt = np.concatenate([count_up(shared), ids(99, 98)])
         assert prefixes.begin(prompt, ()).position == usable
 
@@ -175,8 +176,19 @@ def test_cutting_back_is_done_only_where_the_window_is_held(make_model: MakeMode
     model.prefill(sequence, count_up(20), ())
     prefixes.keep(sequence)
     assert sequence.cache.oldest == 14
-    assert prefixes.begin(count_up(14 + 1), ()).position == 14
-    assert prefixes.begin(count_up(13 + 1), ()).position == 0
+    for shared, usable in [(14, 14), (13, 0)]:
+        prompt = np.concatenate([count_up(shared), np.full(20 - shared, 99)])
+        assert prefixes.begin(prompt, ()).position == usable
+
+
+def test_what_is_reused_can_be_cut_back_as_far_as_what_is_read_anew(make_model: MakeModel) -> None:
+    model = make_model(window=True)
+    prefixes = PrefixCache(model, PLENTY)
+    sequence = model.new_sequence()
+    model.prefill(sequence, count_up(20), ())
+    prefixes.keep(sequence)
+    assert prefixes.begin(count_up(20), ()).position == 19  # 20 tokens can be cut back to 14
+    assert prefixes.begin(count_up(19), ()).position == 0  # 19 must be, to 13
 
 
 def test_points_are_no_entries_where_nothing_is_lost(model: Model) -> None:
@@ -309,10 +321,10 @@ def test_entry_over_the_budget_is_not_kept_and_drives_nothing_out(model: Model) 
 
 
 def test_entry_goes_that_a_newer_one_can_be_cut_back_to(make_model: MakeModel) -> None:
-    for window, left in ((False, [20]), (True, [10, 20])):
+    for window, left in ((False, [20]), (True, [6, 20])):
         model = make_model(window)
         prefixes = PrefixCache(model, PLENTY)
-        for count in (4, 10, 20):
+        for count in (4, 6, 20):
             sequence = model.new_sequence()
             model.prefill(sequence, count_up(count), ())
             prefixes.keep(sequence)
