@@ -131,7 +131,7 @@ class Batch:
     In every round, each text whose prompt is read gets a token, all in one step. Then prompts are read, one after the
     other, but only ``token_budget`` of their tokens: a long prompt delays the texts beside it by that much in a round,
     and no more. The last piece of a prompt gives its text's first token. A text that ends makes room at once. Each text
-    is what it would be alone, up to the rounding of sums that are added in another order.
+    is what it would be alone, as far as the engine's sums are the same for one token and several.
 
     At most ``n`` texts are in work, ``max_batch`` or as many tokens as a step of the engine can take. The others wait;
     those for the same adapters run together, see :class:`Scheduler`. With prompts of at most ``P`` tokens and texts of

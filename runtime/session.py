@@ -331,8 +331,8 @@ class Session:
 
         A step of the model gives every text a token. Where one ends, a request that waits takes its place: those for
         the same adapters run together, but none waits for long (see :class:`Batch`). Each text is what
-        :meth:`generate` makes of its request alone, up to the rounding of sums that are added in another order. The
-        session's own sequence stays as it is.
+        :meth:`generate` makes of its request alone (on ONNX Runtime, up to the rounding of sums that it adds in another
+        order). The session's own sequence stays as it is.
 
         Texts share the reading of the weights: on TVM all of them, on ONNX Runtime those with the same adapters.
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import rlxc.artifact.write
 from rlxc.artifact import (
+    VERSION,
     AdapterEntry,
     Artifact,
     ArtifactWriter,
@@ -163,7 +164,7 @@ def test_manifest_round_trips() -> None:
 
 def test_manifest_text_has_sorted_keys_and_a_version() -> None:
     assert list(TREE) == sorted(TREE)
-    assert (TREE["format"], TREE["version"]) == ("rlxc-artifact", 1)
+    assert (TREE["format"], TREE["version"]) == ("rlxc-artifact", VERSION)
 
 
 def test_equal_manifests_give_equal_bytes() -> None:
@@ -291,14 +292,14 @@ def test_file_name_that_could_leave_the_artifact_is_refused(name: str) -> None:
 
 
 def test_newer_format_asks_for_an_upgrade() -> None:
-    newer = json.dumps({"format": "rlxc-artifact", "version": 2, "rlxc": "9.0", "new": {}}).encode()
+    newer = json.dumps({"format": "rlxc-artifact", "version": VERSION + 1, "rlxc": "9.0", "new": {}}).encode()
     with pytest.raises(ArtifactError, match=r"made by a newer rlxc \('9.0'\).*upgrade: pip install"):
         Manifest.from_json(newer)
 
 
 @pytest.mark.parametrize("version", [0, True, "1", None])
 def test_impossible_version_is_refused(version: Any) -> None:
-    with pytest.raises(ArtifactError, match="version must be 1"):
+    with pytest.raises(ArtifactError, match=f"version must be {VERSION}"):
         Manifest.from_json(changed(("version",), version))
 
 

@@ -30,7 +30,7 @@ from rlxc.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "rlxc-artifact"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

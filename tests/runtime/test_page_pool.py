@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from paged import PLAN, Allocator, addresses, make_cache, step
+from paged_caches import PLAN, Allocator, addresses, make_cache, step
 
 from rlxc.runtime.engines import pages
 from rlxc.runtime.engines.memory import private_memory

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from paged import (
+from paged_caches import (
     MAX_STEP,
     PAGE,
     ROLLBACK,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged import (
+from paged_caches import (
     CONTEXT,
     MAX_STEP,
     PAGE,
