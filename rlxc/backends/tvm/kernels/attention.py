@@ -162,7 +162,7 @@ class _Attention:
         small = bind(all_of(total <= self.row_counts[0], splits == 1, tasks * seen <= least))
         with when(small), serial(tasks) as task:
             rows = self._rows(call, task, const(0), total)
-            self._attend(call, rows, self.row_counts[0])
+            self._attend(call, rows, self.row_counts[0], const(0), const(1), const(0))
         with when(Not(small)):
             with parallel(tasks * splits) as task:
                 order = settled(T.truncmod(task, blocks))
@@ -177,10 +177,7 @@ class _Attention:
                 least = 0
                 for count in self.row_counts:
                     with when(all_of(rows.count > least, rows.count <= count)):
-                        with when(splits == 1):
-                            self._attend(call, rows, count)
-                        with when(splits > 1):
-                            self._attend_to_segment(call, rows, count, split, slot)
+                        self._attend(call, rows, count, split, splits, slot)
                     least = count
             with when(splits > 1), serial(tasks) as task:
                 rows = self._rows(call, T.truncdiv(task, blocks), settled(T.truncmod(task, blocks)), total)
@@ -220,42 +217,37 @@ class _Attention:
         kv_head = settled(T.truncmod(head, self.block.shape.kv_heads))
         return Rows(sequence, kv_head, begin, total, count, past, first, end)
 
-    def _attend(self, call: _Call, rows: Rows, count: int) -> None:
-        """One task, with code for ``count`` rows: those beyond the block's last are that one again."""
-        state = self._state(count)
-        dim, lanes = self.block.shape.head_dim, self.block.wide.lanes
-        sums = _Sums(
-            local(count * dim, "float32"), local(count * lanes, "float32"), local(count * lanes, "float32")
-        )
+    def _attend(self, call: _Call, rows: Rows, count: int, split: Expr, splits: Expr, slot: Expr) -> None:
+        """One task, with code for ``count`` rows: those beyond the block's last are that one again.
+
+        It takes in all segments that the rows see, or, of several ``splits``, segment number ``split`` of them, and
+        leaves what that gives in the workspace, from row ``slot`` on.
+        """
+        wide, dim = self.block.wide, self.block.shape.head_dim
+        state, sums = self._state(count), self._sums(count)
         self._load_queries(call, rows, state)
         with serial(count) as row:
             self._clear(sums, row)
-        begin = settled(T.truncdiv(rows.first, _SEGMENT))
-        with serial(T.truncdiv(rows.end - 1, _SEGMENT) + 1 - begin) as segment:
+        begin = settled(T.truncdiv(rows.first, _SEGMENT) + split)
+        seen = T.truncdiv(rows.end - 1, _SEGMENT) + 1 - begin
+        with serial(Select(splits == 1, seen, const(1))) as segment:
             self._walk(call, rows, state, settled(begin + segment))
             with serial(rows.count) as row:
                 self._add(sums, row, state.mixed, row * dim, state.largest[row], self._total(state, row))
         with serial(rows.count) as row:
-            self._finish(call, rows, row, sums, row)
-
-    def _attend_to_segment(self, call: _Call, rows: Rows, count: int, split: Expr, slot: Expr) -> None:
-        """As :meth:`_attend`, but one segment: all that it gives is left in the workspace, from row ``slot`` on."""
-        state = self._state(count)
-        self._load_queries(call, rows, state)
-        self._walk(call, rows, state, settled(T.truncdiv(rows.first, _SEGMENT) + split))
-        wide, dim = self.block.wide, self.block.shape.head_dim
-        with serial(rows.count) as row:
-            at = settled((slot + row) * self.slot)
-            with serial(dim // wide.lanes) as i:
-                mixed = wide.load(state.mixed, row * dim + i * wide.lanes)
-                wide.store(call.workspace, at + i * wide.lanes, mixed)
-            T.buffer_store(call.workspace, state.largest[row], [at + dim])
-            T.buffer_store(call.workspace, self._total(state, row), [at + dim + 1])
+            with when(splits == 1):
+                self._finish(call, rows, row, sums, row)
+            with when(splits > 1):
+                at = settled((slot + row) * self.slot)
+                with serial(dim // wide.lanes) as i:
+                    mixed = wide.load(sums.mixed, row * dim + i * wide.lanes)
+                    wide.store(call.workspace, at + i * wide.lanes, mixed)
+                T.buffer_store(call.workspace, sums.largest[row * wide.lanes], [at + dim])
+                T.buffer_store(call.workspace, sums.total[row * wide.lanes], [at + dim + 1])
 
     def _combine(self, call: _Call, rows: Rows, row: Expr, splits: Expr, task: Expr) -> None:
         """Add up what the segments of a row have left."""
-        dim, lanes = self.block.shape.head_dim, self.block.wide.lanes
-        sums = _Sums(local(dim, "float32"), local(lanes, "float32"), local(lanes, "float32"))
+        dim, sums = self.block.shape.head_dim, self._sums(1)
         self._clear(sums, const(0))
         with serial(splits) as split:
             at = settled(((task * splits + split) * self.block.knobs.rows + row) * self.slot)
@@ -274,6 +266,11 @@ class _Attention:
             shrink=local(count * lanes, "float32"),
             mixed=local(count * dim, "float32"),
         )
+
+    def _sums(self, count: int) -> _Sums:
+        dim, lanes = self.block.shape.head_dim, self.block.wide.lanes
+        sizes = (count * dim, count * lanes, count * lanes)
+        return _Sums(*(local(size, "float32") for size in sizes))
 
     def _walk(self, call: _Call, rows: Rows, state: State, segment: Expr) -> None:
         """Take in the keys of one segment that the rows see, if there are any."""
