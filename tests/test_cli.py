@@ -122,7 +122,7 @@ def test_debug_shows_the_exception(tmp_path: Path) -> None:
 
 
 def test_interrupt_is_one_line_with_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(path: Path) -> NoReturn:
+    def interrupted(path: Path, **options: object) -> NoReturn:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rlxc, "inspect", interrupted)

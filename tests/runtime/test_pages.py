@@ -61,7 +61,7 @@ ACTION = st.one_of(
 )
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(actions=st.lists(ACTION, max_size=30))
 def test_nothing_that_a_cache_holds_is_ever_changed(actions: list[Any]) -> None:
     # A row that was let go too early is to be a wrong number, not a crash.
