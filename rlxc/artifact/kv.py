@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from rlxc.artifact.alignment import align
 from rlxc.artifact.fields import Bytes, Count, Index
 from rlxc.dtypes import DType
 
@@ -24,8 +25,6 @@ DEFAULT_ROLLBACK = 64
 
 KEY_TILE = 16
 """Positions whose keys lie side by side in a page, channel by channel."""
-
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,8 @@ class KvPlan:
                 continue
             window = layer.window
             rows = layer.heads * self.page_size
-            size = _align(rows * layer.head_dim * _ELEMENT_BYTES[layer.dtype])
-            scales = _align(rows * 4) if layer.dtype is DType.INT8 else None
+            size = align(rows * layer.head_dim * _ELEMENT_BYTES[layer.dtype])
+            scales = align(rows * 4) if layer.dtype is DType.INT8 else None
             keys, values, end = offset, offset + size, offset + 2 * size
             if scales is None:
                 layers[layer.index] = PagedLayer(keys, values, None, None)
@@ -194,7 +193,3 @@ def row_bytes(dtype: DType, heads: int, head_dim: int) -> int:
     8-bit codes have one f32 scale for each head.
     """
     return heads * (head_dim * _ELEMENT_BYTES[dtype] + (4 if dtype is DType.INT8 else 0))
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

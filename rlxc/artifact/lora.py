@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from rlxc.artifact.alignment import align
 from rlxc.artifact.fields import Count, Index
 from rlxc.dtypes import DType
 
@@ -18,8 +19,6 @@ UNIT_RANK = 16
 
 DEFAULT_MAX_RANK = 128
 """Ranks that a sequence's stack of adapters can have, unless the user says otherwise."""
-
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,11 @@ class LoraPlan:
     @cached_property
     def _layout(self) -> tuple[tuple[UnitPart, ...], int]:
         itemsize = {DType.F32: 4, DType.F16: 2}[self.dtype]
-        offset, places = _align(len(self.parts)), []
+        offset, places = align(len(self.parts)), []
         for part in self.parts:
             first_tile = part.first_row // UNIT_RANK
             tiles = -(-(part.first_row + part.rows) // UNIT_RANK) - first_tile
-            up = offset + _align(part.columns * UNIT_RANK * itemsize)
+            up = offset + align(part.columns * UNIT_RANK * itemsize)
             places.append(UnitPart(offset, up, first_tile, tiles))
-            offset = up + _align(tiles * UNIT_RANK * UNIT_RANK * itemsize)
+            offset = up + align(tiles * UNIT_RANK * UNIT_RANK * itemsize)
         return tuple(places), offset
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

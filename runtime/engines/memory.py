@@ -8,9 +8,8 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.artifact.alignment import ALIGNMENT
 from rlxc.runtime.logits import Floats
-
-_ALIGNMENT = 64
 
 
 def private_memory(size: int, *, large_pages: bool = False) -> npt.NDArray[np.int8]:
@@ -32,14 +31,9 @@ def private_memory(size: int, *, large_pages: bool = False) -> npt.NDArray[np.in
     return np.frombuffer(mapping, np.int8)
 
 
-def align(size: int) -> int:
-    """The size, rounded up to whole cache lines."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
 def aligned(*shape: int) -> Floats:
     """An array that begins where kernels may expect it to."""
     size = 4 * int(np.prod(shape))
-    memory = np.empty(size + _ALIGNMENT, np.int8)
-    start = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(size + ALIGNMENT, np.int8)
+    start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size].view(np.float32).reshape(shape)

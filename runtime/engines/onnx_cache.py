@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.artifact import KvLayer, KvPlan
+from rlxc.artifact.alignment import align
 from rlxc.dtypes import DType
 from rlxc.runtime.engines import KvRows
-from rlxc.runtime.engines.memory import align, private_memory
+from rlxc.runtime.engines.memory import private_memory
 
 Rows = list[npt.NDArray[Any]]
 """Of each layer of a group, its keys and then its values: ``[1, heads, n, head_dim]`` each."""

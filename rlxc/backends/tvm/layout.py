@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.artifact.alignment import align
 from rlxc.dtypes import DType
 from rlxc.weights.formats import FORMATS, BlockFormat, Scales
 
@@ -31,9 +32,6 @@ BLOCK = 32
 
 GROUPS = 8
 """Groups of four columns in a block."""
-
-ALIGNMENT = 64
-"""Sections start at multiples of this: a cache line, and the widest vector."""
 
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 
@@ -243,11 +241,6 @@ def in_tiles(parts: Iterable[Bytes], chunk_rows: int) -> Iterator[Bytes]:
         rest = rows[whole:] if whole < len(rows) else None
     if rest is not None:
         yield np.pad(rest, ((0, -len(rest) % TILE), (0, 0)))
-
-
-def align(size: int) -> int:
-    """The size, rounded up to :data:`ALIGNMENT`."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _scale_sections(name: str, scales: Scales) -> Chunk:

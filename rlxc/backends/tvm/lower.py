@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.artifact import KvPlan
+from rlxc.artifact.alignment import align
 from rlxc.artifact.lora import LoraPlan
 from rlxc.backends.tvm.cache_places import CachePlaces
 from rlxc.backends.tvm.families import MEASURED_POSITIONS, attention_workspace
@@ -25,7 +26,7 @@ from rlxc.backends.tvm.kernels.lora import LoraUp
 from rlxc.backends.tvm.kernels.rotate_and_write import rotate_and_write_kernel
 from rlxc.backends.tvm.kernels.rowwise import Row, RowProgram, Step
 from rlxc.backends.tvm.kernels.vector import Vectors
-from rlxc.backends.tvm.layout import PackedLayout, align
+from rlxc.backends.tvm.layout import PackedLayout
 from rlxc.backends.tvm.program import (
     Amount,
     Argument,

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlxc.artifact.alignment import align
 from rlxc.backends.tvm.families import Entry
 from rlxc.backends.tvm.kernels.kernel import Kernel
-from rlxc.backends.tvm.layout import align
 
 Amount = Literal["tokens", "rows"]
 """How many there are of something: tokens of all sequences, or rows whose logits are wanted."""

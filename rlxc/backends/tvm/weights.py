@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.artifact.alignment import align
 from rlxc.backends.recipes import Losses, ReadBytes, packed_rows
-from rlxc.backends.tvm.layout import Bytes, Layout, align, in_tiles, layout_of
+from rlxc.backends.tvm.layout import Bytes, Layout, in_tiles, layout_of
 from rlxc.ir import Graph, Weight
 from rlxc.weights.formats import FORMATS
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stored_weights import FLOATS, PACKED, random_weight, store
 
-from rlxc.backends.tvm.layout import ALIGNMENT, FloatLayout, PackedLayout, in_tiles, layout_of
+from rlxc.artifact.alignment import ALIGNMENT
+from rlxc.backends.tvm.layout import FloatLayout, PackedLayout, in_tiles, layout_of
 from rlxc.dtypes import DType
 from rlxc.weights.formats import FORMATS
 

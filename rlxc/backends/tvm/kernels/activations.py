@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlxc.artifact.alignment import align
 from rlxc.backends.tvm.kernels.vector import Vectors
-from rlxc.backends.tvm.layout import BLOCK, PackedLayout, align
+from rlxc.backends.tvm.layout import BLOCK, PackedLayout
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshots import PLAN, MakeModel, RowsEngine, assert_refused, model_maker, snapshot_of
+from snapshots import MakeModel, RowsEngine, assert_refused
 
 from rlxc.artifact import AdapterEntry, FileEntry, LoraPlan, Manifest, WeightEntry
 from rlxc.dtypes import DType
 from rlxc.runtime.identity import identity
 from rlxc.runtime.model import Model
-
-
-@pytest.fixture
-def make_model(split_manifest: Manifest, tmp_path: Path) -> Iterator[MakeModel]:
-    yield from model_maker(split_manifest, tmp_path)
-
-
-@pytest.fixture
-def every(make_model: MakeModel) -> Model:
-    """A model with a layer of each kind."""
-    return make_model(RowsEngine(), kv_cache=PLAN)
-
-
-@pytest.fixture
-def saved(every: Model, tmp_path: Path) -> Path:
-    """A file of it."""
-    path = tmp_path / "a.snapshot"
-    snapshot_of(every).save(path)
-    return path
 
 
 def changed_layer(manifest: Manifest, index: int, **changes: Any) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,10 @@ from snapshots import (
     MakeModel,
     RowsEngine,
     assert_refused,
-    model_maker,
-    snapshot_of,
 )
 
-from rlxc.artifact import Manifest
 from rlxc.runtime.model import Model
 from rlxc.runtime.snapshot import load_snapshot
-
-
-@pytest.fixture
-def make_model(split_manifest: Manifest, tmp_path: Path) -> Iterator[MakeModel]:
-    yield from model_maker(split_manifest, tmp_path)
-
-
-@pytest.fixture
-def every(make_model: MakeModel) -> Model:
-    """A model with a layer of each kind."""
-    return make_model(RowsEngine(), kv_cache=PLAN)
-
-
-@pytest.fixture
-def saved(every: Model, tmp_path: Path) -> Path:
-    """A file of it."""
-    path = tmp_path / "a.snapshot"
-    snapshot_of(every).save(path)
-    return path
 
 
 def test_any_flipped_byte_is_noticed(every: Model, saved: Path) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import deserialize, safe_open
-from snapshots import FIRSTS, HELD, KV_DIM, PLAN, MakeModel, RowsEngine, model_maker, rows_of, snapshot_of
+from snapshots import FIRSTS, HELD, KV_DIM, PLAN, MakeModel, rows_of, snapshot_of
 
-from rlxc.artifact import KvLayer, Manifest
+from rlxc.artifact import KvLayer
 from rlxc.dtypes import DType
 from rlxc.errors import RlxcError, SessionError, SnapshotError
 from rlxc.runtime.engines import KvRows
@@ -27,25 +27,6 @@ from rlxc.runtime.sequence import LoadedAdapter, TokenSequence
 from rlxc.runtime.snapshot import KvSnapshot, load_snapshot
 
 CALL = (7, 8)
-
-
-@pytest.fixture
-def make_model(split_manifest: Manifest, tmp_path: Path) -> Iterator[MakeModel]:
-    yield from model_maker(split_manifest, tmp_path)
-
-
-@pytest.fixture
-def every(make_model: MakeModel) -> Model:
-    """A model with a layer of each kind."""
-    return make_model(RowsEngine(), kv_cache=PLAN)
-
-
-@pytest.fixture
-def saved(every: Model, tmp_path: Path) -> Path:
-    """A file of it."""
-    path = tmp_path / "a.snapshot"
-    snapshot_of(every).save(path)
-    return path
 
 
 @pytest.fixture
