@@ -51,7 +51,7 @@ class BalanceKeys(Pass):
 
 def _matched(graph: Graph, attention: Node) -> dict[str, Weight] | NoMatch:
     """The new weights, by name, of the norms before an attention."""
-    q, keys, values = attention.inputs
+    q, keys, values = attention.inputs[:3]
     append = graph.producer.get(keys)
     if append is None or not isinstance(append.op, KvAppend):
         return NoMatch("its keys do not come from a growing cache", attention)

@@ -23,7 +23,7 @@ class FuseQkv(Pass):
     def _rule(self, graph: Graph, node: Node) -> Replacement | NoMatch | None:
         if not isinstance(node.op, Attention):
             return None
-        traced = [_projection(graph, name) for name in node.inputs]
+        traced = [_projection(graph, name) for name in node.inputs[:3]]
         projections = [projection for projection in dict.fromkeys(traced) if projection is not None]
         if len(projections) < 2:
             return None

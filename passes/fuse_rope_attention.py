@@ -25,7 +25,7 @@ class FuseRopeAttention(Pass):
 def _rule(graph: Graph, node: Node) -> Replacement | NoMatch | None:
     if not isinstance(node.op, Attention):
         return None
-    reads = [graph.producer.get(name) for name in node.inputs[1:]]
+    reads = [graph.producer.get(name) for name in node.inputs[1:3]]
     found = [read for read in reads if read is not None and isinstance(read.op, KvRead)]
     sources = [graph.producer.get(read.inputs[0]) for read in found]
     writes = [write for write in sources if write is not None and isinstance(write.op, KvWrite)]
@@ -55,8 +55,17 @@ def _rule(graph: Graph, node: Node) -> Replacement | NoMatch | None:
         else:
             old += (q_rope, k_rope)
             q, k, spec, factors = q_rope.inputs[0], k_rope.inputs[0], q_rope.op.spec, q_rope.inputs[2:]
-    op = GroupQueryAttention(node.op.heads, node.op.scale, key_write.op.layout, node.op.window, spec)
-    inputs = (q, k, v, key_cache, value_cache, past, *table, *factors)
+    sinks = node.inputs[3:]
+    op = GroupQueryAttention(
+        node.op.heads,
+        node.op.scale,
+        key_write.op.layout,
+        node.op.window,
+        spec,
+        node.op.soft_cap,
+        bool(sinks),
+    )
+    inputs = (q, k, v, key_cache, value_cache, past, *table, *factors, *sinks)
     outputs = (node.outputs[0], key_write.outputs[0], value_write.outputs[0])
     return Replacement(old, (Node(op, inputs, outputs),), missed=missed)
 

@@ -191,7 +191,7 @@ class ScheduleKvCache(Pass):
 
     def _caches(self, graph: Graph, attention: Node) -> tuple[str, str]:
         """The cache inputs whose grown values an attention reads as keys and as values."""
-        grown = [graph.producer.get(name) for name in attention.inputs[1:]]
+        grown = [graph.producer.get(name) for name in attention.inputs[1:3]]
         pasts = [node.inputs[0] for node in grown if node is not None and isinstance(node.op, KvAppend)]
         if len(set(pasts)) != 2 or graph.types[pasts[0]] != graph.types[pasts[1]]:
             raise GraphError(

@@ -61,9 +61,6 @@ MAX_STEP = 256
 LOSSES = "losses.json"
 """The artifact's file that says what encoding weights anew cost, if any were."""
 
-DEFAULT_CONTEXT = 4096
-"""Positions of an artifact when the user names none and the model was trained for at least as many."""
-
 
 def compile(
     model: str | os.PathLike[str],
@@ -122,8 +119,7 @@ def compile(
     if rollback < 0:
         raise OptionError(f"rollback {rollback} is less than 0", remedy="give a number of tokens")
     with open_model(model) as file:
-        config, registry, graph = read_model(file)
-        context = _checked_context(context, config, file.path)
+        config, registry, graph, context = read_model(file, context)
         adapted = adapt(wishes, graph, config, registry, trace)
         result = _lower(
             graph,
@@ -206,8 +202,7 @@ def lower(
     engine = get_backend(backend or default_backend())
     cache_dtype = _cache_dtype(kv_cache, engine)
     with open_model(model) as file:
-        config, registry, graph = read_model(file)
-        context = _checked_context(context, config, file.path)
+        config, registry, graph, context = read_model(file, context)
         wishes = AdapterOptions(adapters, lora, fold_to=fold_to, quantize=quantize)
         adapted = adapt(wishes, graph, config, registry, trace)
         decisions = [
@@ -239,22 +234,10 @@ def tuning_problems(model: str | os.PathLike[str], *, target: CpuTarget) -> list
         artifact = Artifact.open(model)
         return read_problems(artifact.file(TUNING).read_bytes(), target, artifact.path)
     with open_model(model) as file:
-        config, _, graph = read_model(file)
-        context = _checked_context(None, config, file.path)
+        _, _, graph, context = read_model(file)
         result = _lower(graph, TvmBackend.features, context, WeightChanges())
         options = BuildOptions("int8", target.name, _kv_plan(result))
         return tuning_problems(result.graph, target, file.data, options)
-
-
-def _checked_context(context: int | None, config: Config, source: Path) -> int:
-    if context is None:
-        return min(DEFAULT_CONTEXT, config.trained_context)
-    if not 1 <= context <= config.trained_context:
-        raise OptionError(
-            f"context {context} is outside 1..{config.trained_context}, what the model was trained for",
-            source=source,
-        )
-    return context
 
 
 def _cache_dtype(name: KvCacheType, backend: Backend) -> DType | None:

@@ -93,7 +93,7 @@ def merge(
                 source=file.path,
                 remedy="name a .safetensors file",
             )
-        config, registry, graph = read_model(file)
+        config, registry, graph, _ = read_model(file)
         adapted = adapt(options, graph, config, registry)
         changes = adapted.changes
         dtype = _float_type(fold_to, graph)

@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.errors import OptionError
 from rlxc.ir import Graph
 from rlxc.models import Config, build_model
 from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, base_registry
 from rlxc.weights.source import ModelFile
 
+DEFAULT_CONTEXT = 4096
+"""Positions of an artifact when the user names none and the model was trained for at least as many."""
 
-def read_model(file: ModelFile) -> tuple[Config, WeightRegistry, Graph]:
-    """A model's numbers, its weights, and the graph of one step as its definition emits it.
+
+class Model(NamedTuple):
+    """A model's numbers, its weights, and the graph of one step as its definition emits it, for so many positions."""
+
+    config: Config
+    registry: WeightRegistry
+    graph: Graph
+    context: int
+
+
+def read_model(file: ModelFile, context: int | None = None) -> Model:
+    """Read a model.
+
+    Args:
+        file: its weights and metadata.
+        context: the positions that it is to be compiled for; by default :data:`DEFAULT_CONTEXT`, or as many as it was
+            trained for if that is less.
 
     Raises:
         RlxcError: the model is damaged or not supported.
+        OptionError: the context is longer than what the model was trained for.
     """
     registry = base_registry(file)
     _tie_output(file, registry)
-    config, graph = build_model(file.metadata, registry, file.path)
-    return config, registry, graph
+    context = _checked_context(context, file)
+    config, graph = build_model(file.metadata, registry, file.path, context)
+    return Model(config, registry, graph, context)
+
+
+def _checked_context(context: int | None, file: ModelFile) -> int:
+    trained = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
+    if not isinstance(trained, int) or isinstance(trained, bool) or trained < 1:
+        return context or DEFAULT_CONTEXT  # the model's definition says what is wrong
+    if context is None:
+        return min(DEFAULT_CONTEXT, trained)
+    if not 1 <= context <= trained:
+        raise OptionError(
+            f"context {context} is outside 1..{trained}, what the model was trained for", source=file.path
+        )
+    return context
 
 
 def _tie_output(file: ModelFile, registry: WeightRegistry) -> None:

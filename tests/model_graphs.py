@@ -20,7 +20,7 @@ def model_graph(architecture: str, layers: int, *, bias: bool = False, factors: 
     for name, shape, dtype in _tensors(architecture, layers, bias, factors):
         registry.add(F32(name, shape) if dtype is DType.F32 else Packed(name, dtype, shape))
     registry.add(Packed("output.weight", DType.Q8_0, (VOCAB, HIDDEN)), TiedAlias("token_embd.weight"))
-    return build_model(_metadata(architecture, layers), registry, "small model")[1]
+    return build_model(_metadata(architecture, layers), registry, "small model", 256)[1]
 
 
 def _metadata(architecture: str, layers: int) -> dict[str, Any]:

@@ -169,6 +169,18 @@ def _(op: ops.Gelu, x: Floats) -> Array:
 
 
 @_evaluate.register
+def _(op: ops.SoftCap, x: Floats) -> Array:
+    return np.asarray(op.cap * np.tanh(x / op.cap))
+
+
+@_evaluate.register
+def _(op: ops.ClampedSwiglu, gate: Floats, up: Floats) -> Array:
+    gate, up = np.minimum(gate, op.limit), np.clip(up, -op.limit, op.limit)
+    with np.errstate(over="ignore"):
+        return np.asarray(gate / (1 + np.exp(-op.alpha * gate)) * (up + 1))
+
+
+@_evaluate.register
 def _(op: ops.Glu, x: Floats) -> Array:
     gate, up = np.split(x, 2, axis=-1)
     return (_silu(gate) if op.activation == "silu" else _gelu(gate)) * up
@@ -179,6 +191,13 @@ def _(op: ops.RmsNorm, x: Floats, weight: Floats) -> Array:
     parts = x.reshape(*x.shape[:-1], op.heads, -1)
     normed = parts / np.sqrt((parts * parts).mean(-1, keepdims=True) + op.eps) * weight
     return np.asarray(normed.reshape(x.shape))
+
+
+@_evaluate.register
+def _(op: ops.LayerNorm, x: Floats, weight: Floats, bias: Floats | None = None) -> Array:
+    centred = x - x.mean(-1, keepdims=True)
+    normed = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + op.eps) * weight
+    return np.asarray(normed if bias is None else normed + bias)
 
 
 @_evaluate.register
@@ -221,6 +240,32 @@ def _(
 ) -> Array:
     gathered = np.take_along_axis(a, ids[..., None], axis=1) * scales[:, None]
     return np.asarray(x + np.einsum("bsr,bor->bso", gathered, b))
+
+
+@_evaluate.register
+def _(op: ops.Route, scores: Floats) -> tuple[Array, ...]:
+    experts = np.argsort(-scores, axis=-1, kind="stable")[..., : op.used]
+    chosen = np.take_along_axis(scores, experts, axis=-1)
+    powers = np.exp(chosen - chosen.max(-1, keepdims=True))
+    return experts, powers / powers.sum(-1, keepdims=True)
+
+
+@_evaluate.register
+def _(
+    op: ops.ExpertMatMul,
+    x: Floats,
+    weight: Floats,
+    experts: npt.NDArray[np.int64],
+    bias: Floats | None = None,
+) -> Array:
+    slots = x[:, :, None] if x.ndim == 3 else x
+    y = np.einsum("bsui,bsuoi->bsuo", np.broadcast_to(slots, (*experts.shape, x.shape[-1])), weight[experts])
+    return np.asarray(y if bias is None else y + bias[experts])
+
+
+@_evaluate.register
+def _(op: ops.MixExperts, x: Floats, weights: Floats) -> Array:
+    return np.asarray(np.einsum("bsun,bsu->bsn", x, weights))
 
 
 @_evaluate.register
@@ -350,19 +395,26 @@ _STORED: Mapping[DType, Store] = {
 
 
 @_evaluate.register
-def _(op: ops.Attention, q: Floats, k: Floats, v: Floats) -> Array:
-    return _attend(q, k, v, op.heads, op.scale, op.window)
+def _(op: ops.Attention, q: Floats, k: Floats, v: Floats, sinks: Floats | None = None) -> Array:
+    return _attend(op, q, k, v, sinks)
 
 
-def _attend(q: Floats, k: Floats, v: Floats, heads: int, scale: float, window: int | None) -> Floats:
-    group = heads // k.shape[1]
-    queries = _rows(q, heads)
+def _attend(
+    op: ops.Attention | ops.GroupQueryAttention, q: Floats, k: Floats, v: Floats, sinks: Floats | None
+) -> Floats:
+    group = op.heads // k.shape[1]
+    queries = _rows(q, op.heads)
     keys, values = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = scale * queries @ keys.transpose(0, 1, 3, 2)
+    scores = op.scale * queries @ keys.transpose(0, 1, 3, 2)
+    if op.soft_cap is not None:
+        scores = op.soft_cap * np.tanh(scores / op.soft_cap)
     step, total = scores.shape[-2:]
     age = (np.arange(step)[:, None] + total - step) - np.arange(total)
-    hidden = (age < 0) if window is None else (age < 0) | (age >= window)
+    hidden = (age < 0) if op.window is None else (age < 0) | (age >= op.window)
     scores = np.where(hidden, -np.inf, scores)
+    if sinks is not None:  # one more key, whose value is zero
+        sink = np.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
+        scores, values = np.concatenate([scores, sink], -1), np.pad(values, [(0, 0)] * 2 + [(0, 1), (0, 0)])
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     out = weights / weights.sum(-1, keepdims=True) @ values
     return np.asarray(out.transpose(0, 2, 1, 3).reshape(q.shape))
@@ -380,7 +432,8 @@ def _(
     *rest: Any,
     store: Store,
 ) -> tuple[Array, ...]:
-    table, factors = (rest[0], rest[1:]) if op.layout == "paged" else (None, rest)
+    tables, factors, sinks = op.optional((q, k, v, key_cache, value_cache, past, *rest))
+    table = tables[0] if tables else None
     if op.rope is not None:
         positions = np.broadcast_to(int(past) + np.arange(q.shape[1], dtype=np.int64), q.shape[:2])
         q = rotate(q, positions, op.heads, op.rope, *factors)
@@ -390,4 +443,4 @@ def _(
     value_cache = _write(op.layout, value_cache, store(_rows(v, kv_heads)), int(past), table)
     keys = _visible(key_cache, q.shape[1], int(past), window, table)
     values = _visible(value_cache, q.shape[1], int(past), window, table)
-    return _attend(q, keys, values, op.heads, op.scale, op.window), key_cache, value_cache
+    return _attend(op, q, keys, values, sinks[0] if sinks else None), key_cache, value_cache

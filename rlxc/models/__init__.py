@@ -1,4 +1,4 @@
-"""Model definitions: one file per architecture, each with ``build(fields, registry, vocab) -> (Config, Graph)``."""
+"""Model definitions, one file per architecture: ``build(fields, registry, vocab, context) -> (Config, Graph)``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlxc.weights.registry import WeightRegistry
 
 __all__ = ["ARCHITECTURES", "Config", "build_model"]
 
-ARCHITECTURES: Mapping[str, Callable[[Fields, WeightRegistry, int], tuple[Config, Graph]]] = {
+ARCHITECTURES: Mapping[str, Callable[[Fields, WeightRegistry, int, int], tuple[Config, Graph]]] = {
     "gemma3": gemma3.build,
     "llama": llama.build,
 }
@@ -21,7 +21,7 @@ ARCHITECTURES: Mapping[str, Callable[[Fields, WeightRegistry, int], tuple[Config
 
 
 def build_model(
-    metadata: Mapping[str, Any], registry: WeightRegistry, source: object
+    metadata: Mapping[str, Any], registry: WeightRegistry, source: object, context: int
 ) -> tuple[Config, Graph]:
     """The graph of one step of a model, in its functional form (caches grow, nothing is fused).
 
@@ -29,6 +29,7 @@ def build_model(
         metadata: the GGUF metadata.
         registry: every tensor of the file.
         source: the file, for error messages.
+        context: the positions that it will be compiled for; some architectures rotate differently in long contexts.
 
     Raises:
         UnsupportedError: the architecture, or something it asks for, is not implemented.
@@ -48,4 +49,4 @@ def build_model(
             "tensor token_embd.weight is missing", source=source, remedy="the file is not a whole model"
         )
     vocab = registry.resolve("token_embd.weight").shape[0]
-    return ARCHITECTURES[architecture](Fields(metadata, architecture, source), registry, vocab)
+    return ARCHITECTURES[architecture](Fields(metadata, architecture, source), registry, vocab, context)

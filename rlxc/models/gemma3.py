@@ -18,7 +18,7 @@ LAYERS_OF_27B = 62
 """Only the 27B model scales its scores by hidden size / heads instead of the head dim; nothing else tells."""
 
 
-def build(fields: Fields, registry: WeightRegistry, vocab: int) -> tuple[Config, Graph]:
+def build(fields: Fields, registry: WeightRegistry, vocab: int, context: int) -> tuple[Config, Graph]:
     """The graph of one step."""
     config = read_config(fields, vocab)
     full_rope = read_rope(fields, config, interleaved=False)
@@ -43,7 +43,7 @@ def build(fields: Fields, registry: WeightRegistry, vocab: int) -> tuple[Config,
             window_rope if local else full_rope,
             scale=score_size**-0.5,
             window=window if local else None,
-            head_norm=True,
+            qk_norm="head",
         )
         attended = b.norm(f"{at}.attn_post_norm", attended, f"{block}.post_attention_norm", config.hidden)
         x = b.add(f"{at}.attn_sum", attended, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from rlxc.dtypes import DType
 from rlxc.errors import ModelError
@@ -10,18 +11,24 @@ from rlxc.ir import Alias, Graph, Node, RopeSpec, Source, TensorType, Value, Wei
 from rlxc.ir.ops import (
     Add,
     Attention,
+    ClampedSwiglu,
     DequantMatMul,
     Embed,
+    ExpertMatMul,
     Gelu,
     KvAppend,
+    LayerNorm,
     MatMul,
+    MixExperts,
     Mul,
     Op,
     Positions,
     RmsNorm,
     Rope,
+    Route,
     SelectRows,
     Silu,
+    Split,
 )
 from rlxc.models.config import Config
 from rlxc.weights.registry import F32, TiedAlias, WeightRegistry
@@ -90,6 +97,13 @@ class Builder:
         """RMS norm over ``size`` channels, once or for each of ``heads``."""
         return self.emit(name, RmsNorm(self.config.eps, heads), x, self.weight(f"{key}.weight", size))
 
+    def layer_norm(self, name: str, x: str, key: str, size: int) -> str:
+        """Layer norm over ``size`` channels, with the bias if the file has one."""
+        inputs = [x, self.weight(f"{key}.weight", size)]
+        if self.has(f"{key}.bias"):
+            inputs.append(self.weight(f"{key}.bias", size))
+        return self.emit(name, LayerNorm(self.config.eps), *inputs)
+
     def embed(self) -> str:
         """The embedding of this step's tokens."""
         table = self.weight("token_embd.weight", self.config.vocab, self.config.hidden)
@@ -103,21 +117,23 @@ class Builder:
         *,
         scale: float,
         window: int | None = None,
-        head_norm: bool = False,
+        soft_cap: float | None = None,
+        qk_norm: Literal["head", "whole"] | None = None,
+        sinks: bool = False,
         factors: tuple[str, ...] = (),
     ) -> str:
         """Self-attention of one layer, from its normed input to the output projection.
 
-        ``head_norm`` normalises each head's query and key before they are rotated.
+        Queries, keys and values are projected by one matrix where the file has ``attn_qkv``. ``qk_norm`` normalises
+        queries and keys before they are rotated, each head by itself or all of them as a whole.
         """
         c, at, block = self.config, f"layers.{layer}", f"blk.{layer}"
         q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        q = self.linear(f"{at}.q", x, f"{block}.attn_q", q_size, c.hidden)
-        k = self.linear(f"{at}.k", x, f"{block}.attn_k", kv_size, c.hidden)
-        v = self.linear(f"{at}.v", x, f"{block}.attn_v", kv_size, c.hidden)
-        if head_norm:
-            q = self.norm(f"{at}.q_norm", q, f"{block}.attn_q_norm", c.head_dim, c.heads)
-            k = self.norm(f"{at}.k_norm", k, f"{block}.attn_k_norm", c.head_dim, c.kv_heads)
+        q, k, v = self._projections(layer, x, (q_size, kv_size, kv_size))
+        if qk_norm:
+            q_parts, k_parts = (c.heads, c.kv_heads) if qk_norm == "head" else (1, 1)
+            q = self.norm(f"{at}.q_norm", q, f"{block}.attn_q_norm", q_size // q_parts, q_parts)
+            k = self.norm(f"{at}.k_norm", k, f"{block}.attn_k_norm", kv_size // k_parts, k_parts)
         cache = ("batch", c.kv_heads, "past", c.head_dim)
         past_key = self._input(f"past_key_values.{layer}.key", DType.F32, *cache)
         past_value = self._input(f"past_key_values.{layer}.value", DType.F32, *cache)
@@ -127,17 +143,77 @@ class Builder:
         keys = self.emit(f"present.{layer}.key", KvAppend(), past_key, k)
         values = self.emit(f"present.{layer}.value", KvAppend(), past_value, v)
         self._presents += [keys, values]
-        heads = self.emit(f"{at}.attention", Attention(c.heads, scale, window), q, keys, values)
+        sink = (self.weight(f"{block}.attn_sinks.weight", c.heads),) if sinks else ()
+        op = Attention(c.heads, scale, window, soft_cap)
+        heads = self.emit(f"{at}.attention", op, q, keys, values, *sink)
         return self.linear(f"{at}.o", heads, f"{block}.attn_output", c.hidden, q_size)
 
-    def gated_mlp(self, layer: int, x: str, activation: Silu | Gelu) -> str:
-        """``down(act(gate(x)) * up(x))``."""
+    def _projections(self, layer: int, x: str, sizes: tuple[int, int, int]) -> list[str]:
+        """Queries, keys and values."""
+        at, block, hidden = f"layers.{layer}", f"blk.{layer}", self.config.hidden
+        if self.has(f"{block}.attn_qkv.weight"):
+            whole = self.linear(f"{at}.qkv", x, f"{block}.attn_qkv", sum(sizes), hidden)
+            return self.split(whole, sizes, [f"{at}.{part}" for part in "qkv"])
+        return [
+            self.linear(f"{at}.{part}", x, f"{block}.attn_{part}", size, hidden)
+            for part, size in zip("qkv", sizes)
+        ]
+
+    def split(self, x: str, sizes: tuple[int, ...], names: list[str]) -> list[str]:
+        """Cut the last dimension into parts of these sizes and names."""
+        self._nodes.append(Node(Split(sizes), (x,), tuple(names)))
+        return names
+
+    def mlp(self, layer: int, x: str, activation: Silu | Gelu) -> str:
+        """``down(act(up(x)))``."""
         c, at, block = self.config, f"layers.{layer}", f"blk.{layer}"
-        gate = self.linear(f"{at}.gate", x, f"{block}.ffn_gate", c.ffn, c.hidden)
         up = self.linear(f"{at}.up", x, f"{block}.ffn_up", c.ffn, c.hidden)
+        active = self.emit(f"{at}.act", activation, up)
+        return self.linear(f"{at}.down", active, f"{block}.ffn_down", c.hidden, c.ffn)
+
+    def gated_mlp(self, layer: int, x: str, activation: Silu | Gelu, *, fused: bool = False) -> str:
+        """``down(act(gate(x)) * up(x))``; ``fused`` files have gate and up, in this order, in ``ffn_up``."""
+        c, at, block = self.config, f"layers.{layer}", f"blk.{layer}"
+        if fused:
+            both = self.linear(f"{at}.gate_up", x, f"{block}.ffn_up", 2 * c.ffn, c.hidden)
+            gate, up = self.split(both, (c.ffn, c.ffn), [f"{at}.gate", f"{at}.up"])
+        else:
+            gate = self.linear(f"{at}.gate", x, f"{block}.ffn_gate", c.ffn, c.hidden)
+            up = self.linear(f"{at}.up", x, f"{block}.ffn_up", c.ffn, c.hidden)
         active = self.emit(f"{at}.act", activation, gate)
         gated = self.emit(f"{at}.gated", Mul(), active, up)
         return self.linear(f"{at}.down", gated, f"{block}.ffn_down", c.hidden, c.ffn)
+
+    def experts(
+        self,
+        layer: int,
+        x: str,
+        experts: int,
+        used: int,
+        ffn: int,
+        activation: Silu | ClampedSwiglu,
+    ) -> str:
+        """A gated MLP for each of ``experts``, of which each token uses the ``used`` that the router scores highest."""
+        c, at, block = self.config, f"layers.{layer}", f"blk.{layer}"
+        scores = self.linear(f"{at}.scores", x, f"{block}.ffn_gate_inp", experts, c.hidden)
+        chosen, weights = f"{at}.experts", f"{at}.expert_weights"
+        self._nodes.append(Node(Route(used), (scores,), (chosen, weights)))
+
+        def product(name: str, x: str, key: str, out: int, in_: int) -> str:
+            inputs = [x, self.weight(f"{block}.{key}_exps.weight", experts, out, in_), chosen]
+            if self.has(f"{block}.{key}_exps.bias"):
+                inputs.append(self.weight(f"{block}.{key}_exps.bias", experts, out))
+            return self.emit(f"{at}.{name}", ExpertMatMul(), *inputs)
+
+        gate = product("expert_gate", x, "ffn_gate", ffn, c.hidden)
+        up = product("expert_up", x, "ffn_up", ffn, c.hidden)
+        if isinstance(activation, ClampedSwiglu):
+            gated = self.emit(f"{at}.expert_gated", activation, gate, up)
+        else:
+            active = self.emit(f"{at}.expert_act", activation, gate)
+            gated = self.emit(f"{at}.expert_gated", Mul(), active, up)
+        down = product("expert_down", gated, "ffn_down", c.hidden, ffn)
+        return self.emit(f"{at}.mixed", MixExperts(), down, weights)
 
     def add(self, name: str, x: str, residual: str) -> str:
         """The residual sum."""

@@ -12,7 +12,7 @@ from rlxc.models.layers import Builder
 from rlxc.weights.registry import WeightRegistry
 
 
-def build(fields: Fields, registry: WeightRegistry, vocab: int) -> tuple[Config, Graph]:
+def build(fields: Fields, registry: WeightRegistry, vocab: int, context: int) -> tuple[Config, Graph]:
     """The graph of one step. GGUF stores Llama's q and k permuted, so that rope pairs neighbouring channels."""
     config = read_config(fields, vocab)
     rope = read_rope(fields, config, interleaved=True)

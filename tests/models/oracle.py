@@ -15,6 +15,9 @@ from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf import GgufFile
 from rlxc.weights.registry import F32, Packed, TiedAlias, WeightRegistry, base_registry
 
+CONTEXT = 256
+"""What the interpreter's models are built for."""
+
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -63,6 +66,6 @@ def tied_registry(file: GgufFile) -> WeightRegistry:
 
 
 def build(file: GgufFile, **metadata: Any) -> tuple[Config, Graph]:
-    config, graph = build_model({**file.metadata, **metadata}, tied_registry(file), file.path)
+    config, graph = build_model({**file.metadata, **metadata}, tied_registry(file), file.path, CONTEXT)
     verify(graph)
     return config, graph

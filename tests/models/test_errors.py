@@ -67,7 +67,7 @@ def test_missing_tensor_is_named(files: Files, architecture: str, name: str) -> 
         registry.remove("output.weight")
     registry.remove(name)
     with pytest.raises(ModelError, match=f"tensor {name} is missing"):
-        build_model(file.metadata, registry, file.path)
+        build_model(file.metadata, registry, file.path, CONTEXT)
 
 
 @pytest.mark.parametrize(("architecture", "name"), NAMES, ids=lambda value: value)
@@ -80,7 +80,7 @@ def test_wrong_shape_is_named(files: Files, architecture: str, name: str) -> Non
     registry.remove(name)
     registry.add(F32(name, (*shape[:-1], shape[-1] + 32)))
     with pytest.raises(ModelError, match=f"tensor {name} has shape"):
-        build_model(file.metadata, registry, file.path)
+        build_model(file.metadata, registry, file.path, CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_surplus_tensor_is_named(files: Files, name: str) -> None:
     registry = tied_registry(files("llama"))
     registry.add(F32(name, (HIDDEN,)))
     with pytest.raises(ModelError, match=name):
-        build_model(files("llama").metadata, registry, "model.gguf")
+        build_model(files("llama").metadata, registry, "model.gguf", CONTEXT)
 
 
 @pytest.mark.parametrize("size", [HEAD_DIM // 2 - 1, HEAD_DIM])
@@ -104,7 +104,7 @@ def test_rope_factors_of_another_size_are_refused(files: Files, size: int) -> No
     registry = tied_registry(files("llama"))
     registry.add(F32("rope_freqs.weight", (size,)))
     with pytest.raises(ModelError, match=r"tensor rope_freqs\.weight has shape"):
-        build_model(files("llama").metadata, registry, "model.gguf")
+        build_model(files("llama").metadata, registry, "model.gguf", CONTEXT)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,17 @@ class Mul(Binary):
 
 
 @dataclass(frozen=True)
+class ClampedSwiglu(Binary):
+    """A gated activation with clamps: ``min(g, limit) sigmoid(alpha min(g, limit)) (clip(u, -limit, limit) + 1)``.
+
+    Inputs: gate g and up u, of one shape. Source: the reference implementation of gpt-oss (OpenAI 2025).
+    """
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Unary(Op):
     """An elementwise function of one f32 tensor."""
 
@@ -82,6 +93,18 @@ class Gelu(Unary):
 
 
 @dataclass(frozen=True)
+class SoftCap(Unary):
+    """``cap * tanh(x / cap)``. Source: Bello et al. 2016; Gemma Team 2024, "Gemma 2"."""
+
+    cap: float
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The input's shape."""
+        self.require(self.cap > 0, f"cap {self.cap} is not positive")
+        return super().shape_rule(inputs)
+
+
+@dataclass(frozen=True)
 class Mean(Unary):
     """The mean over the last dimension, which stays as 1."""
 
@@ -107,6 +130,24 @@ class RmsNorm(Op):
         """The shape of x."""
         x, weight = inputs
         self.require(weight == f32(part_size(self, x, self.heads)), f"weight {weight} for {x}")
+        return (x,)
+
+
+@dataclass(frozen=True)
+class LayerNorm(Op):
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``, over the last dimension.
+
+    Inputs: x ``f32[..., N]``, weight ``f32[N]``, optional bias ``f32[N]``. Source: Ba et al. 2016.
+    """
+
+    arity = (2, 3)
+    eps: float
+
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of x."""
+        x, *vectors = inputs
+        for vector in vectors:
+            self.require(vector == f32(part_size(self, x, 1)), f"weight or bias {vector} for {x}")
         return (x,)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rlxc.dtypes import DType
 from rlxc.ir.graph import Dim, TensorType
 from rlxc.ir.ops.base import Op, Types, add_dims, f32, part_size
 from rlxc.ir.rope import RopeSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,18 +119,22 @@ class Attention(Op):
     """Causal grouped-query attention: ``softmax(scale * q k^T + mask) v``.
 
     The last of the ``T`` keys belongs to the last of the ``S`` queries. With a ``window``, a query sees that many
-    keys, its own included. Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, K, T, D]``. Result: the shape of q.
-    Source: Ainslie et al. 2023.
+    keys, its own included. A ``soft_cap`` c makes c tanh(s / c) of a scaled score s. Sinks are scores of one more key
+    for each head, whose value is zero. Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, K, T, D]``, optional sinks
+    ``f32[heads]``. Result: the shape of q.
+    Sources: Ainslie et al. 2023; Gemma Team 2024 for the cap; Xiao et al. 2023 and OpenAI 2025 (gpt-oss) for sinks.
     """
 
-    arity = (3, 3)
+    arity = (3, 4)
     heads: int
     scale: float
     window: int | None = None
+    soft_cap: float | None = None
 
     def shape_rule(self, inputs: Types) -> Types:
         """The shape of q."""
-        q, k, v = inputs
+        q, k, v, *sinks = inputs
+        _check_scores(self, self.heads, self.soft_cap, sinks)
         self.require(k == v, f"keys {k} and values {v} differ")
         batch, kv_heads, _, dim = _cache_dims(self, k, (DType.F32,))
         _check_heads(self, self.heads, q, (batch, kv_heads, dim))
@@ -139,23 +146,32 @@ class GroupQueryAttention(Op):
     """Rope, cache write and read, and attention in one: what ONNX Runtime's op of that name does.
 
     Inputs: q ``f32[B, S, heads * D]``, k and v ``f32[B, S, K * D]``, key cache and value cache (see :class:`KvWrite`),
-    past length ``i32[]``, of paged caches their one table ``i32[B, entries]``, optional rope factors ``f32[dim/2]``.
+    past length ``i32[]``, of paged caches their one table ``i32[B, entries]``, optional rope factors ``f32[dim/2]``,
+    and, with ``sinks``, those ``f32[heads]``; see :class:`Attention`.
     Results: the attention's output (the shape of q), key cache, value cache.
     """
 
-    arity = (6, 8)
+    arity = (6, 9)
     heads: int
     scale: float
     layout: str
     window: int | None = None
     rope: RopeSpec | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+    def optional(self, inputs: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
+        """Of all inputs, the block table, the rope's factors and the sinks, each of which may be absent."""
+        rest, sinks = (inputs[6:-1], inputs[-1:]) if self.sinks else (inputs[6:], inputs[:0])
+        table = rest[:1] if self.layout == "paged" else rest[:0]
+        return table, rest[len(table) :], sinks
 
     def shape_rule(self, inputs: Types) -> Types:
         """The shapes of q and of the two caches."""
         q, k, v, key_cache, value_cache, past = inputs[:6]
         self.require(k == v and key_cache == value_cache, "keys and values differ in shape")
-        paged = self.layout == "paged"
-        table, factors = (inputs[6:7], inputs[7:]) if paged else ((), inputs[6:])
+        table, factors, sinks = self.optional(inputs)
+        _check_scores(self, self.heads, self.soft_cap, sinks)
         cache = _buffer_dims(self, self.layout, key_cache, k, past, table)
         self.require(self.layout != "ring" or self.window is not None, "a ring has a window")
         _check_heads(self, self.heads, q, cache)
@@ -213,7 +229,13 @@ def _check_heads(op: Op, heads: int, q: TensorType, cache: tuple[Dim, int, int])
     op.require(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads")
 
 
-def _check_rope(op: Op, spec: RopeSpec, head_dim: int, factors: Types) -> None:
+def _check_scores(op: Op, heads: int, soft_cap: float | None, sinks: Sequence[TensorType]) -> None:
+    op.require(soft_cap is None or soft_cap > 0, f"soft cap {soft_cap} is not positive")
+    for given in sinks:
+        op.require(given == f32(heads), f"sinks {given} for {heads} heads")
+
+
+def _check_rope(op: Op, spec: RopeSpec, head_dim: int, factors: Sequence[TensorType]) -> None:
     fits = spec.dim <= head_dim and spec.dim % 2 == 0
     op.require(fits, f"{spec.dim} rotated channels do not fit a head of {head_dim}")
     for given in factors:
