@@ -29,6 +29,20 @@ class DType(str, Enum):
     Q4_K = "q4_k"
     Q5_K = "q5_k"
     Q6_K = "q6_k"
+    IQ1_S = "iq1_s"
+    IQ1_M = "iq1_m"
+    IQ2_XXS = "iq2_xxs"
+    IQ2_XS = "iq2_xs"
+    IQ2_S = "iq2_s"
+    IQ3_XXS = "iq3_xxs"
+    IQ3_S = "iq3_s"
+    IQ4_NL = "iq4_nl"
+    IQ4_XS = "iq4_xs"
+    TQ1_0 = "tq1_0"
+    TQ2_0 = "tq2_0"
+    Q1_0 = "q1_0"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
     NF4 = "nf4"
     FP4 = "fp4"
     INT4 = "int4"
@@ -48,5 +62,12 @@ _PLAIN = frozenset({DType.F32, DType.F16, DType.BF16, DType.I32, DType.I64, DTyp
 FLOATS = (DType.F32, DType.F16, DType.BF16)
 """The float types that weights can have."""
 
-WEIGHT_TYPES = (*FLOATS, *(dtype for dtype in DType if dtype.is_packed))
-"""All types that weights can have."""
+_ONLY_READ = frozenset(
+    {
+        *(DType.IQ1_S, DType.IQ1_M, DType.IQ2_XXS, DType.IQ2_XS, DType.IQ2_S, DType.IQ3_XXS, DType.IQ3_S),
+        *(DType.IQ4_XS, DType.NVFP4),
+    }
+)
+
+ENCODABLE = (*FLOATS, *(dtype for dtype in DType if dtype.is_packed and dtype not in _ONLY_READ))
+"""The types of weights that values can be encoded in, by ``rlxc.weights.encode``."""

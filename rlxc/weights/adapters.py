@@ -31,6 +31,16 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class AdapterTensor:
+    """A tensor of an adapter, as its file has it; ``format`` is its element type, such as ``f32``."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class AdapterFacts:
     """What an adapter says of itself, without a base model.
 
@@ -42,9 +52,7 @@ class AdapterFacts:
         alpha: of targets without an alpha of their own.
         ranks: by target, as the file names it: a GGUF tensor or a Hugging Face module.
         replaced: what it brings whole, likewise.
-        parameters: how many values its tensors hold.
-        formats: how many tensors have each element type, such as ``{"f32": 28}``.
-        stored_bytes: bytes of its tensors in the file.
+        tensors: all of them, in the file's order.
         uses_dora: whether rows are scaled to learned magnitudes.
         rank_stabilised: whether the scale is ``alpha / sqrt(rank)``.
         invocation_tokens: those of an activated LoRA.
@@ -58,13 +66,26 @@ class AdapterFacts:
     alpha: float
     ranks: Mapping[str, int]
     replaced: tuple[str, ...]
-    parameters: int
-    formats: Mapping[str, int]
-    stored_bytes: int
+    tensors: tuple[AdapterTensor, ...]
     uses_dora: bool
     rank_stabilised: bool
     invocation_tokens: tuple[int, ...]
     prompt_prefix: str
+
+    @property
+    def parameters(self) -> int:
+        """How many values its tensors hold."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """How many tensors have each element type, such as ``{"f32": 28}``."""
+        return dict(Counter(tensor.format for tensor in self.tensors))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its tensors in the file."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def open_adapter(path: str | PathLike[str], base: AdapterBase, *, name: str | None = None) -> Adapter:
@@ -95,9 +116,10 @@ def inspect_adapter(path: str | PathLike[str]) -> AdapterFacts:
     """
     found = _open(Path(path))
     with found.file as file:
-        parameters = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
-        formats = dict(Counter(str(tensor.dtype).lower() for tensor in file.tensors.values()))
-        stored_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
+        tensors = tuple(
+            AdapterTensor(tensor.name, str(tensor.dtype).lower(), tensor.shape, tensor.nbytes)
+            for tensor in file.tensors.values()
+        )
     if isinstance(found, GgufAdapter):
         return AdapterFacts(
             kind="gguf",
@@ -107,9 +129,7 @@ def inspect_adapter(path: str | PathLike[str]) -> AdapterFacts:
             alpha=found.alpha,
             ranks={target: found.rank(target) for target in found.targets},
             replaced=found.replaced,
-            parameters=parameters,
-            formats=formats,
-            stored_bytes=stored_bytes,
+            tensors=tensors,
             uses_dora=False,
             rank_stabilised=False,
             invocation_tokens=found.invocation_tokens,
@@ -123,9 +143,7 @@ def inspect_adapter(path: str | PathLike[str]) -> AdapterFacts:
         alpha=found.config.alpha,
         ranks={module: found.rank(module) for module in sorted(found.modules)},
         replaced=tuple(sorted(found.saved)),
-        parameters=parameters,
-        formats=formats,
-        stored_bytes=stored_bytes,
+        tensors=tensors,
         uses_dora=found.config.uses_dora,
         rank_stabilised=found.config.rank_stabilised,
         invocation_tokens=found.config.invocation_tokens,

@@ -1,15 +1,16 @@
 """The block formats of GGUF and of QLoRA, as one table that says where every bit of a block lies.
 
 A block holds ``block_size`` weights in ``block_bytes`` bytes: small integer codes, and per sub-block an f32
-scale and, in some formats, an f32 minimum, with ``weight = scale * code - minimum``.  A scale (or minimum) is
-an f16 of the block, in the K-quants times a small integer of the sub-block.  Both products are exact in f32,
-so decoding agrees with ggml bit for bit.  Layouts: ggml's ``ggml-common.h``.
+scale and, in some formats, an f32 minimum, with ``weight = scale * code - minimum``. A scale (or minimum) is
+a float of the block, in many formats times a small integer of the sub-block. In a format with a codebook, codes are
+indices into it: ``weight = scale * codebook[code]``. All products are exact in f32 but the minimum's subtraction, so
+decoding agrees with ggml bit for bit. Layouts: ggml's ``ggml-common.h`` and ``ggml-quants.c``.
 
-The formats of QLoRA have blocks of 64 weights and an f32 scale for each.  Codes of NF4 and FP4 are indices into
-a codebook, ``weight = scale * codebook[code]`` in f32, which is what bitsandbytes computes, and its bytes of codes
-are ours.  INT4 has integers, as the K-quants do.
+The formats of QLoRA have blocks of 64 weights and an f32 scale for each. NF4 and FP4 have codebooks whose values are no
+integers, and their weights are rounded to f32, as bitsandbytes does it, whose bytes of codes are ours.
 
-To add a format, add a row to the table: the readers below are driven by it.
+To add a format, add a row to the table: the readers of :mod:`rlxc.weights.fields` and :mod:`rlxc.weights.grids` are
+driven by it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,166 +25,10 @@ from gguf.constants import GGMLQuantizationType as Ggml
 
 from rlxc.dtypes import DType
 from rlxc.errors import WeightError
+from rlxc.weights.fields import Bits, Bytes, CodeReader, Integers, Scale, Scales, Trits
+from rlxc.weights.grids import GridCodes
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.floating[Any]]
-
-_F16 = np.dtype("<f2")
-_F32 = np.dtype("<f4")
-
-
-@dataclass(frozen=True)
-class Bits:
-    """A field of unsigned integers of ``width`` bits in the bytes ``[offset, offset + nbytes)`` of a block.
-
-    The bytes form runs of ``run`` bytes.  A run gives one integer per byte at its first shift, then one per
-    byte at its next shift, and so on: integer ``(r, s, j)`` is the low ``width`` bits of
-    ``byte[offset + r * run + j] >> shifts[s]``.
-    """
-
-    offset: int
-    nbytes: int
-    width: int
-    run: int
-    shifts: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """How many integers the field holds."""
-        return self.nbytes * len(self.shifts)
-
-    def read(self, blocks: Bytes) -> Bytes:
-        """The field's integers, ``[blocks, count]``, from ``[blocks, block_bytes]``."""
-        # Whole words at once: bits that a shift brings in from the neighbouring byte are masked away.
-        word: Any = next(w for w in (np.uint64, np.uint32, np.uint8) if self.run % w().nbytes == 0)
-        mask = word(int.from_bytes(bytes([(1 << self.width) - 1]) * word().nbytes, "little"))
-        raw = blocks[:, self.offset : self.offset + self.nbytes].copy()
-        if self.width == 8:
-            return raw
-        words = raw.view(word).reshape(len(blocks), self.nbytes // self.run, self.run // word().nbytes)
-        out = np.empty((*words.shape[:2], len(self.shifts), words.shape[2]), word)
-        for s, shift in enumerate(self.shifts):
-            out[:, :, s] = words >> word(shift) & mask
-        return out.view(np.uint8).reshape(len(blocks), self.count)
-
-    def write(self, integers: Bytes, blocks: Bytes) -> None:
-        """Sets the field, all zeros so far, to the low bits of ``[blocks, count]``."""
-        raw = blocks[:, self.offset : self.offset + self.nbytes].reshape(len(blocks), -1, self.run)
-        by_shift = integers.reshape(len(blocks), -1, len(self.shifts), self.run)
-        mask = np.uint8((1 << self.width) - 1)
-        for s, shift in enumerate(self.shifts):
-            raw |= (by_shift[:, :, s] & mask) << np.uint8(shift)
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Integers: ``parts`` one after another, each of fields stacked from the lowest bits up, plus bias.
-
-    Eight bits wide they are two's complement; narrower ones are unsigned before the bias.
-    """
-
-    parts: tuple[tuple[Bits, ...], ...]
-    bias: int = 0
-
-    @property
-    def count(self) -> int:
-        """How many integers a block holds."""
-        return sum(fields[0].count for fields in self.parts)
-
-    @property
-    def low(self) -> int:
-        """The least value an integer can have."""
-        return self.bias - (128 if self._width == 8 else 0)
-
-    @property
-    def high(self) -> int:
-        """The greatest value an integer can have."""
-        return self.low + (1 << self._width) - 1
-
-    @property
-    def _width(self) -> int:
-        return sum(field.width for field in self.parts[0])
-
-    def read(self, blocks: Bytes) -> npt.NDArray[np.int8]:
-        """The integers, ``[blocks, count]``, from ``[blocks, block_bytes]``."""
-        parts = [_stack(fields, blocks) for fields in self.parts]
-        out = (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)).view(np.int8)
-        if self.bias:
-            out += np.int8(self.bias)
-        return out
-
-    def write(self, integers: npt.NDArray[np.int8], blocks: Bytes) -> None:
-        """Sets the fields, all zeros so far, to ``[blocks, count]``."""
-        unsigned = (integers - np.int8(self.bias)).view(np.uint8)
-        start = 0
-        for fields in self.parts:
-            part = unsigned[:, start : start + fields[0].count]
-            for field in fields:
-                field.write(part, blocks)
-                part = part >> np.uint8(field.width % 8)
-            start += fields[0].count
-
-
-def _stack(fields: tuple[Bits, ...], blocks: Bytes) -> Bytes:
-    out = fields[0].read(blocks)
-    width = fields[0].width
-    for field in fields[1:]:
-        high = field.read(blocks)
-        high <<= np.uint8(width)
-        out |= high
-        width += field.width
-    return out
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The float at ``offset`` times ``sign``, and times an integer per sub-block where a block has several."""
-
-    offset: int
-    factors: Integers | None = None
-    sign: int = 1
-    base: np.dtype[Any] = _F16
-
-    def read(self, blocks: Bytes) -> Scales:
-        """The scales of ``[blocks, block_bytes]``."""
-        raw = blocks[:, self.offset : self.offset + self.base.itemsize].copy()
-        if self.sign < 0:
-            raw[:, -1] ^= np.uint8(0x80)
-        return Scales(raw.view(self.base), self.factors.read(blocks) if self.factors else None)
-
-    def write(self, scales: Scales, blocks: Bytes) -> None:
-        """Sets the bytes of the scales, all zeros so far, from those of rows."""
-        raw = scales.base.astype(self.base).reshape(-1, 1).view(np.uint8)
-        if self.sign < 0:
-            raw[:, -1] ^= np.uint8(0x80)
-        blocks[:, self.offset : self.offset + self.base.itemsize] = raw
-        if self.factors is not None and scales.factors is not None:
-            self.factors.write(scales.factors.reshape(len(blocks), -1), blocks)
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Scales (or minimums) as stored.
-
-    ``base`` is f16 (f32 in the formats of QLoRA) ``[rows, blocks]``, ``factors`` int8 ``[rows, sub_blocks]``.
-    """
-
-    base: Floats
-    factors: npt.NDArray[np.int8] | None
-
-    def values(self, per_block: int) -> npt.NDArray[np.float32]:
-        """The f32 scales, ``[rows, blocks * per_block]``, exact, where a block has ``per_block`` sub-blocks."""
-        values = np.repeat(self.base.astype(np.float32), per_block, axis=1)
-        if self.factors is not None:
-            values *= self.factors
-        return values
-
-    def by_rows(self, rows: int, blocks: int) -> Scales:
-        """The scales of ``rows * blocks`` single blocks as those of rows."""
-        factors = self.factors
-        if factors is not None:
-            factors = factors.reshape(rows, blocks * factors.shape[1])
-        return Scales(self.base.reshape(rows, blocks), factors)
+__all__ = ["FORMATS", "GGML_FORMATS", "BlockFormat", "Bytes", "Fields", "Planes", "Scales"]
 
 
 @dataclass(frozen=True)
@@ -220,7 +64,7 @@ class BlockFormat:
     block_size: int
     block_bytes: int
     sub_block: int = 1
-    codes: Integers | None = None
+    codes: CodeReader | None = None
     scale: Scale | None = None
     minimum: Scale | None = None
     codebook: tuple[float, ...] | None = None
@@ -249,6 +93,18 @@ class BlockFormat:
     def has_mins(self) -> bool:
         """True if sub-blocks have a minimum."""
         return self.minimum is not None
+
+    @property
+    def integers(self) -> tuple[int, ...] | None:
+        """The codebook where all its values are integers of 8 bits, else None."""
+        if self.codebook is None or not all(value.is_integer() for value in self.codebook):
+            return None
+        return tuple(map(int, self.codebook))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes in a file, its share of the scales with it."""
+        return 8 * self.block_bytes / self.block_size
 
     @property
     def code_min(self) -> int:
@@ -349,7 +205,7 @@ class BlockFormat:
     def _code_values(self, codes: npt.NDArray[np.int8]) -> npt.NDArray[np.float32]:
         if self.codebook is None:
             return codes.astype(np.float32)
-        return np.array(self.codebook, np.float32)[codes]
+        return np.take(np.array(self.codebook, np.float32), codes)
 
     def _blocks(self, data: Bytes) -> Bytes:
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] % self.block_bytes:
@@ -379,6 +235,11 @@ def _ints(*fields: Bits, bias: int = 0) -> Integers:
     return Integers((fields,), bias)
 
 
+def _odd(field: Bits) -> Integers:
+    """Odd integers."""
+    return Integers(((field,),), bias=1, step=2)
+
+
 # Q2_K: sixteen scales in the low nibbles of the bytes at 0, sixteen minimums in the high ones.
 _Q2_SCALES = _ints(Bits(0, 16, 4, 16, (0,)))
 _Q2_MINS = _ints(Bits(0, 16, 4, 16, (4,)))
@@ -396,8 +257,51 @@ _Q4_CODES = _ints(_bits(4, 16, 128, 32))
 _Q5_CODES = _ints(_bits(4, 48, 128, 32), _bits(1, 16, 32, 32))
 _Q6_CODES = _ints(_bits(4, 0, 128, 64), _bits(2, 128, 64, 32), bias=-32)
 
+# The formats with grids: codes stand for the grid's values and their negatives. Factors are odd.
+_IQ2 = (8.0, 25.0, 43.0, -8.0, -25.0, -43.0)
+_IQ3_XXS = tuple(float(sign * value) for sign in (1, -1) for value in (4, 12, 20, 28, 36, 44, 52, 62))
+_IQ3_S = tuple(float(sign * value) for sign in (1, -1) for value in range(1, 16, 2))
+# Eighths: -1, 0 or 1, and an eighth more or, where the sign is set, less.
+_IQ1 = (-7.0, 1.0, 9.0, -9.0, -1.0, 7.0)
+# IQ2_XXS, IQ3_XXS: a uint32 of four times seven signs and a factor, after every four bytes of indices or after all.
+_IQ2_XXS_CODES = GridCodes(
+    "IQ2_XXS", (Bits(2, 32, 8, 4, (0,), stride=8),), Bits(6, 32, 7, 4, (0, 7, 14, 21), word=4, stride=8)
+)
+_IQ2_XXS_SCALE = Scale(0, _odd(Bits(6, 32, 4, 4, (28,), word=4, stride=8)), unit=1 / 8)
+_IQ3_XXS_CODES = GridCodes("IQ3_XXS", (_bits(8, 2, 64, 64),), Bits(66, 32, 7, 4, (0, 7, 14, 21), word=4))
+_IQ3_XXS_SCALE = Scale(0, _odd(Bits(66, 32, 4, 4, (28,), word=4)), unit=1 / 4)
+# IQ2_XS: uint16 of nine bits of index and seven signs.
+_IQ2_XS_CODES = GridCodes("IQ2_XS", (Bits(2, 64, 9, 64, (0,), word=2),), Bits(2, 64, 7, 64, (9,), word=2))
+_IQ2_XS_SCALE = Scale(0, _odd(_bits(4, 66, 8, 1)), unit=1 / 8)
+_IQ2_S_CODES = GridCodes("IQ2_S", (_bits(8, 2, 32, 32), _bits(2, 66, 8, 1)), _bits(8, 34, 32, 32))
+_IQ2_S_SCALE = Scale(0, _odd(_bits(4, 74, 8, 1)), unit=1 / 8)
+_IQ3_S_CODES = GridCodes("IQ3_S", (_bits(8, 2, 64, 64), _bits(1, 66, 8, 1)), _bits(8, 74, 32, 32))
+_IQ3_S_SCALE = Scale(0, _odd(_bits(4, 106, 4, 1)))
+# IQ1_S: uint16 of four times three bits of index, a factor and a sign. IQ1_M: nibbles of three bits of index and a
+# sign; uint16 of four factors and a quarter of d.
+_IQ1_S_CODES = GridCodes(
+    "IQ1_S",
+    (_bits(8, 2, 32, 32), Bits(34, 16, 3, 2, (0, 3, 6, 9), word=2)),
+    Bits(34, 16, 1, 16, (15,), word=2),
+)
+_IQ1_S_SCALE = Scale(0, _odd(Bits(34, 16, 3, 16, (12,), word=2)), unit=1 / 8)
+_IQ1_M_CODES = GridCodes(
+    "IQ1_S", (_bits(8, 0, 32, 32), Bits(32, 16, 3, 1, (0, 4))), Bits(32, 16, 1, 1, (3, 7))
+)
+_IQ1_M_SCALE = Scale(
+    48, _odd(Bits(48, 8, 3, 2, (0, 3, 6, 9), word=2)), unit=1 / 8, pieces=Bits(48, 8, 4, 8, (12,), word=2)
+)
+# IQ4_XS: 6-bit scales, their low nibbles in four bytes and their high two bits in two.
+_IQ4_SCALES = _ints(_bits(4, 4, 4, 1), _bits(2, 2, 2, 1), bias=-32)
+# Levels that crowd around zero, as normal weights do; from ggml-common.h.
+_IQ4 = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+# E2M1 (a sign, two bits of exponent, one of fraction), doubled to make it integers; ggml reads -0 as 0.
+_E2M1 = tuple(float(sign * value) for sign in (1, -1) for value in (0, 1, 2, 3, 4, 6, 8, 12))
+_MX_SCALE = Scale(0, kind="e8m0", unit=0.5)
+_NV_SCALES = Scale(0, kind="ue4m3", unit=0.5, bases=4)
+
 # The formats of QLoRA: an f32 and 64 codes of 4 bits; bitsandbytes has the first of a pair in the high nibble.
-_F32_SCALE = Scale(0, base=_F32)
+_F32_SCALE = Scale(0, kind="float32")
 _HIGH_FIRST = _ints(Bits(4, 32, 4, 1, (4, 0)))
 # Quantiles of the normal distribution (Dettmers et al. 2023, "QLoRA", appendix E), as rounded in bitsandbytes.
 _NF4 = (
@@ -427,6 +331,22 @@ _TABLE = (
     BlockFormat(DType.Q4_K, 256, 144, 32, _Q4_CODES, Scale(0, _K_SCALES), Scale(2, _K_MINS)),
     BlockFormat(DType.Q5_K, 256, 176, 32, _Q5_CODES, Scale(0, _K_SCALES), Scale(2, _K_MINS)),
     BlockFormat(DType.Q6_K, 256, 210, 16, _Q6_CODES, Scale(208, _Q6_SCALES)),
+    BlockFormat(DType.IQ1_S, 256, 50, 32, _IQ1_S_CODES, _IQ1_S_SCALE, codebook=_IQ1),
+    BlockFormat(DType.IQ1_M, 256, 56, 16, _IQ1_M_CODES, _IQ1_M_SCALE, codebook=_IQ1),
+    BlockFormat(DType.IQ2_XXS, 256, 66, 32, _IQ2_XXS_CODES, _IQ2_XXS_SCALE, codebook=_IQ2),
+    BlockFormat(DType.IQ2_XS, 256, 74, 16, _IQ2_XS_CODES, _IQ2_XS_SCALE, codebook=_IQ2),
+    BlockFormat(DType.IQ2_S, 256, 82, 16, _IQ2_S_CODES, _IQ2_S_SCALE, codebook=_IQ2),
+    BlockFormat(DType.IQ3_XXS, 256, 98, 32, _IQ3_XXS_CODES, _IQ3_XXS_SCALE, codebook=_IQ3_XXS),
+    BlockFormat(DType.IQ3_S, 256, 110, 32, _IQ3_S_CODES, _IQ3_S_SCALE, codebook=_IQ3_S),
+    BlockFormat(DType.IQ4_NL, 32, 18, 32, _ints(_bits(4, 2, 16, 16)), Scale(0), codebook=_IQ4),
+    BlockFormat(
+        DType.IQ4_XS, 256, 136, 32, _ints(_bits(4, 8, 128, 16)), Scale(0, _IQ4_SCALES), codebook=_IQ4
+    ),
+    BlockFormat(DType.TQ1_0, 256, 54, 32, Trits(((0, 32, 5), (32, 16, 5), (48, 4, 4))), Scale(52)),
+    BlockFormat(DType.TQ2_0, 256, 66, 32, _ints(_bits(2, 0, 64, 32), bias=-1), Scale(64)),
+    BlockFormat(DType.Q1_0, 128, 18, 32, _ints(_bits(1, 2, 16, 1)), Scale(0), codebook=(-1.0, 1.0)),
+    BlockFormat(DType.MXFP4, 32, 17, 32, _ints(_bits(4, 1, 16, 16)), _MX_SCALE, codebook=_E2M1),
+    BlockFormat(DType.NVFP4, 64, 36, 16, _ints(_bits(4, 4, 32, 8)), _NV_SCALES, codebook=_E2M1),
     BlockFormat(DType.NF4, 64, 36, 32, _HIGH_FIRST, _F32_SCALE, codebook=_NF4),
     BlockFormat(DType.FP4, 64, 36, 32, _HIGH_FIRST, _F32_SCALE, codebook=_FP4),
     BlockFormat(DType.INT4, 64, 36, 32, _ints(_bits(4, 4, 32, 1), bias=-8), _F32_SCALE),

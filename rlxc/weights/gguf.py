@@ -17,11 +17,21 @@ from types import MappingProxyType, TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from rlxc.errors import FormatError, WeightError
+from rlxc.errors import FormatError, Problems, RlxcError, UnsupportedError, WeightError
 from rlxc.weights.files import MappedFile
-from rlxc.weights.gguf_header import DAMAGED, Header, MetaValue, StringArray, TensorInfo, quote, read_header
+from rlxc.weights.formats import GGML_FORMATS
+from rlxc.weights.gguf_header import (
+    DAMAGED,
+    ForeignTensor,
+    Header,
+    MetaValue,
+    StringArray,
+    TensorInfo,
+    quote,
+    read_header,
+)
 
-__all__ = ["GgufFile", "MetaValue", "StringArray", "TensorInfo", "open_gguf"]
+__all__ = ["ForeignTensor", "GgufFile", "MetaValue", "StringArray", "TensorInfo", "open_gguf"]
 
 _SHARD_NAME = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}\.gguf", re.DOTALL)
 
@@ -45,6 +55,7 @@ class GgufFile:
         alignment: bytes that tensor offsets are a multiple of.
         metadata: the key-value pairs (of the first shard), in file order; they outlive `close`.
         tensors: name to place, in file order.
+        foreign: tensors whose types rlxc does not implement; there are none unless `open_gguf` was told to allow them.
     """
 
     def __init__(self, shards: Sequence[_Shard]) -> None:
@@ -52,17 +63,23 @@ class GgufFile:
         self.version = shards[0].header.version
         self.alignment = shards[0].header.alignment
         self.metadata: Mapping[str, MetaValue] = MappingProxyType(shards[0].header.metadata)
-        tensors: dict[str, TensorInfo] = {}
+        names: set[str] = set()
         for shard in shards:
-            for info in shard.header.tensors:
-                if info.name in tensors:
+            header = shard.header
+            for name in [
+                *(info.name for info in header.tensors),
+                *(tensor.name for tensor in header.foreign),
+            ]:
+                if name in names:
                     raise FormatError(
-                        f"tensor {quote(info.name)} is also in another shard",
+                        f"tensor {quote(name)} is also in another shard",
                         source=shard.path,
                         remedy=DAMAGED,
                     )
-                tensors[info.name] = info
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+                names.add(name)
+        infos = {info.name: info for shard in shards for info in shard.header.tensors}
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(infos)
+        self.foreign = tuple(tensor for shard in shards for tensor in shard.header.foreign)
         self._spans = shards[0].header.spans
         self._files = [shard.file for shard in shards]
 
@@ -122,19 +139,41 @@ class GgufFile:
         return self._files
 
 
-def open_gguf(path: str | PathLike[str]) -> GgufFile:
+def open_gguf(path: str | PathLike[str], *, allow_foreign: bool = False) -> GgufFile:
     """Map a GGUF file, and its other shards if it is the first of several.
+
+    Args:
+        path: the file.
+        allow_foreign: open it even if it has tensors of types that rlxc does not implement, to look at the others.
 
     Raises:
         FormatError: a file is missing, damaged, truncated, or not the shard that it should be.
-        UnsupportedError: a file is big-endian, of version 1, or holds a type that rlxc does not implement.
+        UnsupportedError: a file is big-endian, of version 1, or holds types that rlxc does not implement.
     """
     first = _open_shard(Path(path), 0)
     # Merged files say 0, whole ones nothing.
     count = _split_number(first, "split.count") if "split.count" in first.header.metadata else 0
-    if count <= 1:
-        return GgufFile([first])
-    return GgufFile([first, *_other_shards(first, count)])
+    file = GgufFile([first] if count <= 1 else [first, *_other_shards(first, count)])
+    if file.foreign and not allow_foreign:
+        raise foreign_types(file)
+    return file
+
+
+def foreign_types(file: GgufFile) -> RlxcError:
+    """The error that a file, which has some, holds tensors of foreign types: a part for each type."""
+    names: dict[str, list[str]] = {}
+    for tensor in file.foreign:
+        names.setdefault(tensor.type, []).append(quote(tensor.name))
+    supported = ", ".join(kind.name for kind in GGML_FORMATS)
+    problems = Problems()
+    for kind, of_kind in names.items():
+        what = f"tensor {of_kind[0]} has type {kind}"
+        if len(of_kind) > 1:
+            what = f"{len(of_kind)} tensors have type {kind}, such as {of_kind[0]}"
+        problems.add(
+            UnsupportedError(what, source=file.path, remedy=f"use a file quantised to one of {supported}")
+        )
+    return problems.error()
 
 
 def _other_shards(first: _Shard, count: int) -> list[_Shard]:
@@ -167,7 +206,8 @@ def _other_shards(first: _Shard, count: int) -> list[_Shard]:
                     remedy="put the shards of one model together",
                 )
         shards.append(shard)
-    found = len(first.header.tensors) + sum(len(shard.header.tensors) for shard in shards)
+    headers = [first.header, *(shard.header for shard in shards)]
+    found = sum(len(header.tensors) + len(header.foreign) for header in headers)
     promised = _split_number(first, "split.tensors.count")
     if found != promised:
         raise FormatError(

@@ -114,10 +114,20 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class ForeignTensor:
+    """A tensor whose ``type`` rlxc does not implement; how many bytes it has is not known."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Header:
     """What the header of one file says; tensor offsets count from the start of the file.
 
     ``spans`` are the bytes of the file that each pair of the metadata takes, from its key to the end of its value.
+    ``foreign`` are the tensors that only a later version can read.
     """
 
     version: int
@@ -125,6 +135,7 @@ class Header:
     metadata: dict[str, MetaValue]
     spans: dict[str, slice]
     tensors: list[TensorInfo]
+    foreign: list[ForeignTensor]
 
 
 def read_header(path: Path, mapping: mmap.mmap, shard: int) -> Header:
@@ -132,14 +143,15 @@ def read_header(path: Path, mapping: mmap.mmap, shard: int) -> Header:
 
     Raises:
         FormatError: the file is damaged or truncated.
-        UnsupportedError: it is big-endian, of another version, or holds a type that rlxc does not implement.
+        UnsupportedError: it is big-endian or of another version.
     """
     reader = _Reader(path, mapping)
     version = reader.version()
     tensor_count = reader.count("tensor count", _LEAST_TENSOR)
     metadata = reader.metadata(reader.count("metadata count", _LEAST_PAIR))
     alignment = _checked_alignment(metadata.get("general.alignment", _DEFAULT_ALIGNMENT), path)
-    return Header(version, alignment, metadata, reader.spans, reader.tensors(tensor_count, alignment, shard))
+    tensors, foreign = reader.tensors(tensor_count, alignment, shard)
+    return Header(version, alignment, metadata, reader.spans, tensors, foreign)
 
 
 def _checked_alignment(value: MetaValue, path: Path) -> int:
@@ -269,24 +281,28 @@ class _Reader:
         self.position = position
         return StringArray(mapping[start:position], np.array(ends, np.uint64), self.path, what)
 
-    def tensors(self, count: int, alignment: int, shard: int) -> list[TensorInfo]:
-        infos = [self.tensor(i, alignment, shard) for i in range(count)]
-        data_start = -(-self.position // alignment) * alignment
-        placed = [replace(info, offset=data_start + info.offset) for info in infos]
+    def tensors(self, count: int, alignment: int, shard: int) -> tuple[list[TensorInfo], list[ForeignTensor]]:
+        """The tensor table: what can be read, with its place, and what cannot."""
+        entries = [self.tensor(i, alignment, shard) for i in range(count)]
         names: set[str] = set()
+        for entry in entries:
+            if entry.name in names:
+                raise self.error(f"tensor {quote(entry.name)} appears twice")
+            names.add(entry.name)
+        data_start = -(-self.position // alignment) * alignment
+        placed = [
+            replace(info, offset=data_start + info.offset) for info in entries if isinstance(info, TensorInfo)
+        ]
         for info in placed:
-            if info.name in names:
-                raise self.error(f"tensor {quote(info.name)} appears twice")
-            names.add(info.name)
             end = info.offset + info.nbytes
             if end > self.size:
                 raise self.error(f"tensor {quote(info.name)} ends at {end}, but the file ends at {self.size}")
         for left, right in pairwise(sorted(placed, key=lambda info: info.offset)):
             if left.offset + left.nbytes > right.offset:
                 raise self.error(f"tensors {quote(left.name)} and {quote(right.name)} overlap")
-        return placed
+        return placed, [entry for entry in entries if isinstance(entry, ForeignTensor)]
 
-    def tensor(self, i: int, alignment: int, shard: int) -> TensorInfo:
+    def tensor(self, i: int, alignment: int, shard: int) -> TensorInfo | ForeignTensor:
         """Entry ``i`` of the tensor table; its offset still counts from the start of the data."""
         name = self.string(f"name of tensor {i}")
         what = f"tensor {quote(name)}"
@@ -297,21 +313,18 @@ class _Reader:
         if 0 in shape:
             raise self.error(f"{what} has shape {list(shape)}: a dimension is 0")
         code = self.u32(f"type of {what}")
+        offset = self.u64(f"offset of {what}")
+        if offset % alignment:
+            raise self.error(f"{what} has offset {offset}, not a multiple of the alignment {alignment}")
         form = _FORMAT_OF_TYPE.get(code)
         if form is None:
-            supported = ", ".join(kind.name for kind in GGML_FORMATS)
-            raise self.unsupported(
-                f"{what} has type {_type_name(code)}", f"use a file quantised to one of {supported}"
-            )
+            return ForeignTensor(name, _type_name(code), shape)
         blocks, rest = divmod(shape[-1], form.block_size)
         if rest:
             raise self.error(
                 f"{what} has rows of {shape[-1]} weights, which are not whole {form.dtype} blocks "
                 f"of {form.block_size}"
             )
-        offset = self.u64(f"offset of {what}")
-        if offset % alignment:
-            raise self.error(f"{what} has offset {offset}, not a multiple of the alignment {alignment}")
         nbytes = math.prod(shape[:-1]) * blocks * form.block_bytes
         return TensorInfo(name, form.dtype, shape, offset, nbytes, shard)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlxc.errors import ModelError, UnsupportedError
+from rlxc.errors import ModelError, Problems, UnsupportedError
 from rlxc.weights.gguf_header import quote
 
 
@@ -90,6 +90,17 @@ class Keys:
             raise self.error(key, f"must be a list of strings, not {quote(value)}")
         return value
 
+    def numbers(self, key: str, count: int) -> list[float]:
+        """A list of so many positive finite numbers.
+
+        Raises:
+            ModelError: it is missing or something else.
+        """
+        value = self._value(key, None)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.error(key, f"must be a list of {count} numbers, not {quote(value)}")
+        return [Keys({key: number}, self.source, self.where).number(key) for number in value]
+
     def group(self, key: str) -> Keys | None:
         """The object under a key, or None if it is absent or empty.
 
@@ -119,11 +130,16 @@ class Keys:
         """Refuse what was not read; ``harmless`` keys do not change the arithmetic.
 
         Raises:
-            UnsupportedError: naming the first of them.
+            UnsupportedError: with a part for each of them.
         """
+        problems = Problems()
         for key in sorted(key for key in self.values if key not in self._read and key not in harmless):
             if self.has(key):
-                raise self.unsupported(key, "it may change the model's arithmetic, so it is not ignored")
+                problems.add(
+                    self.unsupported(key, "it may change the model's arithmetic, so it is not ignored")
+                )
+        if problems.found:
+            raise problems.error()
 
     def error(self, key: str, problem: str) -> ModelError:
         """The error that a key ``is`` or ``must be`` something."""

@@ -21,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.dtypes import DType
-from rlxc.errors import FormatError, ModelError, UnsupportedError, WeightError
+from rlxc.errors import FormatError, ModelError, Problems, RlxcError, UnsupportedError, WeightError
 from rlxc.weights.files import MappedFile, parse_json, read_bytes
 from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf_header import MetaValue, quote
 from rlxc.weights.hf_bnb import FourBitWeight, open_four_bit
 from rlxc.weights.hf_config import HfConfig, read_config
 from rlxc.weights.names import adds_one, gguf_rows, to_huggingface
-from rlxc.weights.safetensors import SafetensorsFile
+from rlxc.weights.safetensors import SafetensorsFile, Tensor
+from rlxc.weights.tensor_problems import TensorProblems
 
 _CONFIG = "config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,6 +43,7 @@ _FINGERPRINTED = (
 )
 """Besides the weights, everything that decides what is compiled."""
 
+_TABLE, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 _FLOATS = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 # The frequencies of rotary embedding follow from the configuration; old files have them as well.
@@ -147,6 +149,30 @@ def open_folder(path: str | PathLike[str]) -> HfFolder:
     return HfFolder(folder)
 
 
+@dataclass(frozen=True)
+class FolderSurvey:
+    """What is in a Hugging Face folder, whether it can be read as a model or not."""
+
+    model_type: str
+    tensors: tuple[Tensor, ...]
+
+
+def survey_folder(path: Path) -> FolderSurvey | None:
+    """Look at a folder without asking what its configuration means; None if there are no tensors to look at.
+
+    Raises:
+        FormatError: a file is damaged.
+    """
+    kind = parse_json(read_bytes(path / _CONFIG), path / _CONFIG).get("model_type")
+    if not any((path / name).exists() for name in (_SINGLE, _INDEX)):
+        return None
+    shards = _open_shards(path)
+    tensors = tuple(tensor for shard in shards for tensor in shard.tensors.values())
+    for shard in shards:
+        shard.close()
+    return FolderSurvey(kind if isinstance(kind, str) else "", tensors)
+
+
 def _remedy(folder: Path) -> str:
     """What to do with a folder that is no model."""
     if (folder / "adapter_config.json").exists():
@@ -208,56 +234,62 @@ class _Translation:
         self.infos: dict[str, HfTensor] = {}
         self.readers: dict[str, Callable[[], Bytes]] = {}
         self._used: set[str] = set()
+        self._wrong = TensorProblems(path, _CONFIG, f"the model that {_CONFIG} describes")
+        problems = Problems()
         for name, shape in config.shapes.items():
-            self._add(name, shape)
+            source = to_huggingface(config.architecture, name)
+            assert source is not None  # the configuration asks for nothing else
+            try:
+                self._add(name, shape, source)
+            except RlxcError as error:  # about the parts that it is packed in
+                problems.add(error)
+                self._used.update(part for part in self.files if part.startswith(f"{source}."))
         if config.rope_factors is not None:
             factors = np.ascontiguousarray(config.rope_factors, "<f4").view(np.uint8)
             info = HfTensor(_ROPE_FACTORS, DType.F32, config.rope_factors.shape, factors.nbytes, "")
             self._put(info, factors.copy)
-        if config.tied:
-            self._drop_tied_output()
         self._used.update(filter(_DERIVED.fullmatch, self.files))
-        left = sorted(self.files.keys() - self._used)
-        if left:
-            raise ModelError(
-                f"{len(left)} tensors have no place in the model that {_CONFIG} describes: {', '.join(left[:3])}",
-                source=path,
-                remedy="dropping them could change the result",
-            )
+        if config.tied:
+            self._used.add(_OUTPUT)
+        for source in sorted(self.files.keys() - self._used):
+            self._wrong.surplus(source)
+        self._wrong.report(problems)
+        if problems.found:
+            raise problems.error()
+        if config.tied:
+            self._check_tied_output()
 
-    def _add(self, name: str, shape: tuple[int, ...]) -> None:
-        source = to_huggingface(self.config.architecture, name)
+    def _add(self, name: str, shape: tuple[int, ...], source: str) -> None:
+        self._used.add(source)
         if source not in self.files:
-            raise ModelError(f"tensor {source} is missing", source=self.path, remedy=f"{_CONFIG} asks for it")
+            self._wrong.missing(source)
+            return
+        four_bit = self.config.four_bit if len(shape) == 2 else None
+        packed = open_four_bit(self.files, source, four_bit, shape) if four_bit else None
+        self._used.update(packed.parts if packed else ())
+        dtype = packed.dtype if packed else self._plain(source, shape)
+        if dtype is None:
+            return
         if len(shape) == 1:
-            self._check_plain(source, shape)
             self._put(HfTensor(name, DType.F32, shape, 4 * shape[0], source), partial(self._vector, name))
             return
-        four_bit = self.config.four_bit
-        packed = open_four_bit(self.files, source, four_bit, shape) if four_bit else None
-        dtype = packed.dtype if packed else self._check_plain(source, shape)
-        self._used.update(packed.parts if packed else ())
         nbytes = shape[0] * FORMATS[dtype].row_bytes(shape[1])
         self._put(HfTensor(name, dtype, shape, nbytes, source), partial(self._matrix, name, packed))
 
     def _put(self, info: HfTensor, reader: Callable[[], Bytes]) -> None:
         self.infos[info.name], self.readers[info.name] = info, reader
-        self._used.add(info.source)
 
-    def _check_plain(self, source: str, shape: tuple[int, ...]) -> DType:
-        file = self.files[source]
-        found = file.tensors[source]
+    def _plain(self, source: str, shape: tuple[int, ...]) -> DType | None:
+        """The type of a tensor of floats; None if it is none, or of another shape."""
+        found = self.files[source].tensors[source]
         if found.dtype not in _FLOATS:
-            raise UnsupportedError(
-                f"tensor {source} has element type {found.dtype}",
-                source=file.path,
-                remedy=f"supported: {', '.join(_FLOATS)}, and bitsandbytes' 4 bits",
-            )
+            problem = f"element type {found.dtype}"
+            remedy = f"supported: {', '.join(_FLOATS)}, and bitsandbytes' 4 bits"
+            self._wrong.add(source, f"has {problem}", f"have {problem}", remedy, UnsupportedError)
+            return None
         if found.shape != shape:
-            raise ModelError(
-                f"tensor {source} has shape {list(found.shape)}, but {_CONFIG} asks for {list(shape)}",
-                source=file.path,
-            )
+            self._wrong.misshapen(source, found.shape, shape)
+            return None
         return _FLOATS[found.dtype]
 
     def _matrix(self, name: str, packed: FourBitWeight | None) -> Bytes:
@@ -275,20 +307,18 @@ class _Translation:
     def _in_order(self, name: str, rows: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         return gguf_rows(self.config.architecture, name, rows, self.config.heads, self.config.kv_heads)
 
-    def _drop_tied_output(self) -> None:
-        """A stored output matrix that is the embedding once more; to drop another would change every logit."""
-        table, output = "model.embed_tokens.weight", "lm_head.weight"
-        if output not in self.files:
+    def _check_tied_output(self) -> None:
+        """A stored output matrix must be the embedding once more; to drop another would change every logit."""
+        if _OUTPUT not in self.files:
             return
-        ours, theirs = self.files[table], self.files[output]
-        same_kind = ours.tensors[table].dtype == theirs.tensors[output].dtype
-        if not same_kind or not _equal_bytes(ours.data(table), theirs.data(output)):
+        ours, theirs = self.files[_TABLE], self.files[_OUTPUT]
+        same_kind = ours.tensors[_TABLE].dtype == theirs.tensors[_OUTPUT].dtype
+        if not same_kind or not _equal_bytes(ours.data(_TABLE), theirs.data(_OUTPUT)):
             raise ModelError(
-                f"tie_word_embeddings is true, but {output} differs from {table}",
+                f"tie_word_embeddings is true, but {_OUTPUT} differs from {_TABLE}",
                 source=self.path,
                 remedy=f"set tie_word_embeddings to false in {_CONFIG} if the model has its own output matrix",
             )
-        self._used.add(output)
 
 
 def _equal_bytes(a: Bytes, b: Bytes) -> bool:

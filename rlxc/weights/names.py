@@ -1,8 +1,10 @@
 """Tensors as Hugging Face's files and as GGUF files name and order them, and the way from one to the other.
 
-Facts from llama.cpp's ``convert_hf_to_gguf.py`` and ``gguf``'s ``TensorNameMap``.  GGUF differs in two ways: it
-stores Llama's q and k with the rows of each head permuted, so that rope pairs neighbouring rows, and Gemma's
-norm weights with the ``1 +`` of their formula added.
+Facts from llama.cpp's ``convert_hf_to_gguf.py`` and ``gguf``'s ``TensorNameMap``.  GGUF differs in three ways: it
+stores q and k of Llama and Granite with the rows of each head permuted, so that rope pairs neighbouring rows; Gemma's
+norm weights with the ``1 +`` of their formula added; and the matrices of all experts in one tensor. Where folders have
+those one by one, their names here have a ``*`` in place of the expert's number; where they have them as parameters of
+no module, as gpt-oss does, they are in `rlxc.weights.hf_gpt_oss`.
 """
 
 from __future__ import annotations
@@ -19,28 +21,64 @@ from rlxc.errors import UnsupportedError, WeightError
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
+_PERMUTED = ("llama", "granite")
+_ADDING_ONE = ("gemma2", "gemma3")
 _MODEL = {"token_embd": "embed_tokens", "output_norm": "norm"}
 _HEAD = ("output", "lm_head")
-_LLAMA = {
-    "attn_norm": "input_layernorm",
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_PROJECTIONS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
-_GEMMA3 = {
-    **_LLAMA,
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
+_GATED_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_BLOCKS: Mapping[str, Mapping[str, str]] = MappingProxyType({"gemma3": _GEMMA3, "llama": _LLAMA})
+_LLAMA = {**_NORMS, **_PROJECTIONS, **_GATED_MLP}
+_GEMMA2 = {**_LLAMA, **_POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"}
+_MIXTRAL_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.*.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.*.w2",
+}
+_QWEN_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+}
+_BLOCKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "gemma2": _GEMMA2,
+        "gemma3": {**_GEMMA2, **_HEAD_NORMS},
+        "gpt-oss": {
+            "attn_norm": "input_layernorm",
+            **_PROJECTIONS,
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+        },
+        "granite": _LLAMA,
+        "llama": {**_LLAMA, **_MIXTRAL_EXPERTS},
+        "olmo2": {**_PROJECTIONS, **_HEAD_NORMS, **_GATED_MLP, **_POST_NORMS},
+        "phi3": {
+            **_NORMS,
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        "qwen2": _LLAMA,
+        "qwen3": {**_LLAMA, **_HEAD_NORMS},
+        "qwen3moe": {**_NORMS, **_HEAD_NORMS, **_PROJECTIONS, **_QWEN_EXPERTS},
+        "stablelm": _LLAMA,
+        "starcoder2": {**_NORMS, **_PROJECTIONS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    }
+)
 _FROM_HF = {architecture: {hf: name for name, hf in table.items()} for architecture, table in _BLOCKS.items()}
 _MODEL_FROM_HF = {hf: name for name, hf in _MODEL.items()}
 
@@ -49,6 +87,7 @@ _MODEL_FROM_HF = {hf: name for name, hf in _MODEL.items()}
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 _HEAD_PREFIXES = ("", "language_model.")
 _PART = re.compile(r"(?P<part>.+)\.(?P<suffix>weight|bias)", re.DOTALL)
+_EXPERT = re.compile(r"(?<=\.experts\.)(0|[1-9][0-9]{0,3})(?=\.)")
 _LAYER = r"(?P<layer>0|[1-9][0-9]{0,4})"
 _HF_LAYER = re.compile(rf"layers\.{_LAYER}\.(?P<part>.+)", re.DOTALL)
 _GGUF_LAYER = re.compile(rf"blk\.{_LAYER}\.(?P<part>.+)", re.DOTALL)
@@ -59,7 +98,8 @@ def to_gguf(architecture: str, name: str) -> str | None:
 
     Args:
         architecture: as GGUF spells it, such as ``llama``.
-        name: such as ``model.layers.0.self_attn.q_proj.weight``, which is ``blk.0.attn_q.weight``.
+        name: such as ``model.layers.0.self_attn.q_proj.weight``, which is ``blk.0.attn_q.weight``. That of one expert's
+            matrix gives the name of the tensor that it is a part of.
 
     Raises:
         UnsupportedError: nothing is known about the architecture.
@@ -79,9 +119,8 @@ def to_gguf(architecture: str, name: str) -> str | None:
     layer = _HF_LAYER.fullmatch(part)
     if layer is None:
         return f"{_MODEL_FROM_HF[part]}.{suffix}" if part in _MODEL_FROM_HF else None
-    if layer["part"] not in table:
-        return None
-    return f"blk.{layer['layer']}.{table[layer['part']]}.{suffix}"
+    place = table.get(_EXPERT.sub("*", layer["part"]))
+    return f"blk.{layer['layer']}.{place}.{suffix}" if place else None
 
 
 def to_huggingface(architecture: str, name: str) -> str | None:
@@ -113,14 +152,20 @@ def layer_of(name: str) -> int | None:
 
 
 def is_permuted(architecture: str, name: str) -> bool:
-    """Whether GGUF stores the rows of this tensor (GGUF name) permuted: Llama's q and k, weights and biases."""
+    """Whether GGUF stores the rows of this tensor (GGUF name) permuted: q's and k's, weights and biases."""
     found = _PART.fullmatch(name)
-    return architecture == "llama" and found is not None and found["part"].endswith((".attn_q", ".attn_k"))
+    return architecture in _PERMUTED and found is not None and found["part"].endswith((".attn_q", ".attn_k"))
 
 
 def adds_one(architecture: str, name: str) -> bool:
     """Whether GGUF stores this tensor (GGUF name) with 1 added: all of Gemma's norms."""
-    return architecture == "gemma3" and name.endswith("norm.weight")
+    return architecture in _ADDING_ONE and name.endswith("norm.weight")
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a GGUF tensor holds something of each expert, one after the other."""
+    found = _PART.fullmatch(name)
+    return found is not None and found["part"].endswith("_exps")
 
 
 def permute(rows: npt.NDArray[Scalar], heads: int) -> npt.NDArray[Scalar]:

@@ -80,12 +80,16 @@ class ModelFile(Protocol):
     ) -> None: ...
 
 
-def open_model(path: str | PathLike[str]) -> ModelFile:
+def open_model(path: str | PathLike[str], *, allow_foreign: bool = False) -> ModelFile:
     """Open a GGUF file (of a split model, the first) or a Hugging Face folder.
+
+    Args:
+        path: the file or folder.
+        allow_foreign: as of `open_gguf`.
 
     Raises:
         FormatError: a file is missing, damaged or cut short.
         UnsupportedError: something in it is not implemented.
         ModelError: configuration and tensors of a folder do not make up a model.
     """
-    return open_folder(path) if Path(path).is_dir() else open_gguf(path)
+    return open_folder(path) if Path(path).is_dir() else open_gguf(path, allow_foreign=allow_foreign)

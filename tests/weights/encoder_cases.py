@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf import open_gguf
 
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-SIMPLE = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+SEARCHED = (*K_QUANTS, "IQ4_NL")
+SIMPLE = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0", "Q1_0")
 
 REAL = ("blk.3.attn_q.weight", "blk.9.ffn_gate.weight", "token_embd.weight")
 """Tensors of Gemma 3 270M Q4_K_M that are not K-quants in the file."""
@@ -41,6 +43,20 @@ def real(model: Path) -> dict[str, np.ndarray]:
             weights = FORMATS[info.dtype].decode(rows, info.shape[1])
             cases[name] = np.ascontiguousarray(weights[:, : info.shape[1] // 256 * 256])
     return cases
+
+
+def random_blocks(block_bytes: int) -> np.ndarray:
+    """Any bytes, ``uint8 [512, block_bytes]``: a block of each byte alone, and random ones."""
+    blocks = np.random.default_rng(11).integers(0, 256, (512, block_bytes), dtype=np.uint8)
+    blocks[:256] = np.arange(256, dtype=np.uint8)[:, None]
+    return blocks
+
+
+def digest_of_weights(weights: np.ndarray) -> str:
+    """SHA-256 of f32 bit for bit, but that all NaN are one: which of them a product is is the processor's choice."""
+    bits = weights.astype(np.float32).view(np.uint32)
+    bits[np.isnan(weights)] = 0x7FC00000
+    return hashlib.sha256(bits.tobytes()).hexdigest()
 
 
 def errors(values: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:

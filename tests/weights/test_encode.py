@@ -10,9 +10,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from encoder_cases import K_QUANTS, SIMPLE, errors, real, synthetic
+from encoder_cases import K_QUANTS, SEARCHED, SIMPLE, errors, real, synthetic
 
-from rlxc.dtypes import DType
+from rlxc.dtypes import ENCODABLE, DType
 from rlxc.errors import WeightError
 from rlxc.weights import encode as encode_module
 from rlxc.weights.encode import encode, fitting
@@ -22,20 +22,23 @@ from rlxc.weights.gguf import open_gguf
 DATA = Path(__file__).resolve().parent.parent / "data"
 REFERENCE = json.loads((DATA / "encoder_quality.json").read_text())
 SYNTHETIC = synthetic()
-ALL = list(FORMATS)
+ALL = list(ENCODABLE)
+ONLY_READ = [dtype for dtype in FORMATS if dtype not in ENCODABLE]
 PACKED = [dtype for dtype in ALL if dtype.is_packed]
 K = [DType[name] for name in K_QUANTS]
-WITH_F16 = [dtype for dtype in ALL if dtype not in (DType.F32, DType.BF16, DType.NF4, DType.FP4, DType.INT4)]
+F32_SCALES = (DType.NF4, DType.FP4, DType.INT4)
+WITH_F16 = [dtype for dtype in ALL if dtype not in (DType.F32, DType.BF16, DType.MXFP4, *F32_SCALES)]
 
 per_format = pytest.mark.parametrize("dtype", ALL, ids=str)
 per_packed = pytest.mark.parametrize("dtype", PACKED, ids=str)
+per_searched = pytest.mark.parametrize("dtype", [DType[name] for name in SEARCHED], ids=str)
 per_k_quant = pytest.mark.parametrize("dtype", K, ids=str)
 
 
 def decode(dtype: DType, packed: np.ndarray) -> np.ndarray:
     """By ``gguf`` where it has the format."""
     form = FORMATS[dtype]
-    if dtype in (DType.NF4, DType.FP4, DType.INT4):
+    if dtype in (*F32_SCALES, DType.Q1_0):
         return form.decode(packed, packed.shape[1] // form.block_bytes * form.block_size)
     return gguf.dequantize(packed, form.ggml_type)
 
@@ -63,13 +66,13 @@ def assert_as_good_as_llama_cpp(dtype: DType, case: str, values: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("case", SYNTHETIC)
-@per_k_quant
-def test_k_quants_are_as_good_as_llama_cpps(dtype, case):
+@per_searched
+def test_searched_formats_are_as_good_as_llama_cpps(dtype, case):
     assert_as_good_as_llama_cpp(dtype, case, SYNTHETIC[case])
 
 
-@per_k_quant
-def test_k_quants_of_real_weights_are_as_good_as_llama_cpps(dtype, gemma_gguf):
+@per_searched
+def test_searched_formats_of_real_weights_are_as_good_as_llama_cpps(dtype, gemma_gguf):
     for case, values in real(gemma_gguf).items():
         assert_as_good_as_llama_cpp(dtype, case, values)
 
@@ -127,10 +130,12 @@ def test_equal_weights_stay_equal(dtype):
     decoded = again(dtype, values)
     assert (decoded == decoded[:, :1]).all()
     # Scales are f16; those of K-quants small f16 times factors, of which the nearest to a scale may be 1/126 away.
-    np.testing.assert_allclose(decoded, values, rtol=0.01 if dtype in K else 2.0**-11)
+    # Those of MXFP4 are powers of two, and of 4 to 8 scales it has 4 and 6 only.
+    tolerance = {DType.MXFP4: 0.25} | dict.fromkeys(K, 0.01)
+    np.testing.assert_allclose(decoded, values, rtol=tolerance.get(dtype, 2.0**-11))
 
 
-@pytest.mark.parametrize("dtype", [*K, DType.NF4, DType.FP4, DType.INT4], ids=str)
+@pytest.mark.parametrize("dtype", [*K, DType.IQ4_NL, *F32_SCALES], ids=str)
 def test_no_block_is_worse_than_rounding_it_to_evenly_spaced_levels(dtype):
     form, values = FORMATS[dtype], wide_rows()
     blocks = values.reshape(-1, form.block_size).astype(np.float64)
@@ -256,6 +261,17 @@ def test_values_of_another_kind_are_refused(values):
         encode(DType.Q4_0, values)
 
 
+@pytest.mark.parametrize("dtype", ONLY_READ, ids=str)
+def test_format_without_encoder_is_refused_and_has_one_that_stands_in(dtype):
+    instead = fitting(dtype, 512)
+    assert instead in ENCODABLE
+    # As many bits, but for IQ1: there is no encoder below Q2_K.
+    allowed = 1.1 if dtype in (DType.IQ1_S, DType.IQ1_M) else 0.6
+    assert abs(FORMATS[instead].bits_per_weight - FORMATS[dtype].bits_per_weight) <= allowed
+    with pytest.raises(WeightError, match=f"{dtype} can be read but not made.*encode in {instead} instead"):
+        encode(dtype, np.zeros((1, 512), np.float32))
+
+
 @per_format
 def test_format_of_whole_blocks_fits(dtype):
     assert fitting(dtype, 512) is dtype
@@ -273,6 +289,12 @@ def test_format_of_whole_blocks_fits(dtype):
         (DType.Q8_0, 80, DType.F16),
         (DType.NF4, 96, DType.F16),
         (DType.BF16, 7, DType.BF16),
+        (DType.IQ2_XS, 512, DType.Q2_K),
+        (DType.IQ3_S, 640, DType.Q4_0),
+        (DType.IQ4_XS, 512, DType.IQ4_NL),
+        (DType.NVFP4, 64, DType.Q5_0),
+        (DType.Q1_0, 128, DType.Q1_0),
+        (DType.TQ2_0, 640, DType.F16),
     ],
 )
 def test_rows_that_are_not_whole_blocks_get_a_format_that_fits(wanted, in_features, fits):

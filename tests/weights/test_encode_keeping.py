@@ -6,16 +6,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rlxc.dtypes import DType
+from rlxc.dtypes import ENCODABLE, DType
 from rlxc.errors import WeightError
-from rlxc.weights.encode import encode
+from rlxc.weights.encode import changeable, encode
 from rlxc.weights.encode_keeping import encode_keeping
 from rlxc.weights.formats import FORMATS
 
 Floats = npt.NDArray[np.float32]
 
 ROWS, COLUMNS, RANK = 48, 512, 4
-PACKED = [dtype for dtype in DType if dtype.is_packed]
+# Ternary and binary formats have no levels between which a small change could be told.
+PACKED = [dtype for dtype in ENCODABLE if dtype.is_packed and changeable(dtype) is dtype]
 
 
 def decoded(dtype: DType, packed: npt.NDArray[np.uint8]) -> Floats:
@@ -40,6 +41,16 @@ def test_change_survives_in_the_directions_of_the_adapter(dtype: DType) -> None:
     # Rounding to nearest takes most of it away in all formats but the finest.
     assert lost < 0.7 * np.linalg.norm(delta @ a.T)
     assert lost < nearest
+
+
+@pytest.mark.parametrize("dtype", [DType.TQ1_0, DType.TQ2_0, DType.Q1_0])
+def test_change_of_a_ternary_or_binary_weight_survives_in_the_format_that_it_is_given(dtype: DType) -> None:
+    base, a, delta = folded_case(dtype)
+    values, to = base + delta, changeable(dtype)
+    added = np.linalg.norm(delta @ a.T)
+    lost = np.linalg.norm((decoded(to, encode_keeping(to, values, a)) - values) @ a.T)
+    lost_in_its_own = np.linalg.norm((decoded(dtype, encode_keeping(dtype, values, a)) - values) @ a.T)
+    assert lost < 0.5 * added < 0.6 * added < lost_in_its_own
 
 
 @pytest.mark.parametrize("dtype", PACKED)

@@ -1,4 +1,4 @@
-"""Block formats against the ``gguf`` package's dequantisers, and those of QLoRA against their definitions.
+"""Block formats against the ``gguf`` package's dequantisers, and those of QLoRA and Q1_0 against their definitions.
 
 All are equal bit for bit, so there is no tolerance, but for the quantiles that NF4 was rounded from.
 """
@@ -6,24 +6,32 @@ All are equal bit for bit, so there is no tolerance, but for the quantiles that 
 from __future__ import annotations
 
 import itertools
+import json
 import struct
 import tracemalloc
 import warnings
+from pathlib import Path
 from statistics import NormalDist
 
 import gguf
 import numpy as np
 import pytest
+from encoder_cases import digest_of_weights, random_blocks
 
 from rlxc.dtypes import DType
 from rlxc.errors import WeightError
-from rlxc.weights.formats import FORMATS, GGML_FORMATS, BlockFormat
+from rlxc.weights.fields import Bits, Trits, stacked
+from rlxc.weights.formats import FORMATS, GGML_FORMATS, BlockFormat, Scales
 from rlxc.weights.gguf import open_gguf
+from rlxc.weights.grids import GridCodes
 
+DATA = Path(__file__).resolve().parent.parent / "data"
 ALL = list(FORMATS.values())
 GGML = list(GGML_FORMATS.values())
 BLOCKS = [form for form in ALL if not form.is_float]
-GGML_BLOCKS = [form for form in GGML if not form.is_float]
+# All but Q1_0, which the package knows by name only.
+DEQUANTISED = [form for form in GGML if form.dtype is not DType.Q1_0]
+GRIDS = [form for form in BLOCKS if isinstance(form.codes, GridCodes)]
 QLORA = [FORMATS[dtype] for dtype in (DType.NF4, DType.FP4, DType.INT4)]
 FLOATS = [form for form in ALL if form.is_float]
 # f16: zeros, infinities, quiet and signalling NaN, least subnormals, least normal, greatest, one.
@@ -83,13 +91,24 @@ def test_block_sizes_are_those_of_gguf(form):
 def test_row_accounts_for_every_bit_of_a_block_once(form):
     scales = [scale for scale in (form.scale, form.minimum) if scale]
     seen = np.zeros((form.block_bytes, 8), int)
+    fields: list[Bits] = []
     for scale in scales:
-        seen[scale.offset : scale.offset + scale.base.itemsize] += 1
-    for integers in [form.codes, *(scale.factors for scale in scales if scale.factors)]:
-        for part in integers.parts:
-            for bits in part:
-                for shift in bits.shifts:
-                    seen[bits.offset : bits.offset + bits.nbytes, shift : shift + bits.width] += 1
+        if scale.pieces is None:
+            seen[scale.offset : scale.offset + scale.bases * scale.base.itemsize] += 1
+        else:
+            fields.append(scale.pieces)
+        fields += [bits for part in scale.factors.parts for bits in part] if scale.factors else []
+    if isinstance(form.codes, Trits):
+        for offset, nbytes, _ in form.codes.parts:
+            seen[offset : offset + nbytes] += 1
+    elif isinstance(form.codes, GridCodes):
+        fields += [*form.codes.index, form.codes.signs]
+    else:
+        fields += [bits for part in form.codes.parts for bits in part]
+    for bits in fields:
+        words = bits.columns.reshape(-1, bits.word)
+        for shift, bit in itertools.product(bits.shifts, range(bits.width)):
+            seen[words[:, (shift + bit) // 8], (shift + bit) % 8] += 1
     assert (seen == 1).all()
 
 
@@ -97,8 +116,9 @@ def test_row_accounts_for_every_bit_of_a_block_once(form):
 def test_row_has_a_code_per_weight_and_a_factor_per_sub_block(form):
     assert form.codes.count == form.block_size
     assert form.block_size % form.sub_block == 0
-    factors = form.scale.factors
-    assert factors is None or factors.count == form.block_size // form.sub_block
+    factors, subs = form.scale.factors, form.block_size // form.sub_block
+    assert factors is None or factors.count == subs
+    assert subs % form.scale.bases == 0
 
 
 @per_format(QLORA)
@@ -136,25 +156,109 @@ def test_fp4_values_are_a_sign_two_bits_of_exponent_and_one_of_fraction():
     assert list(FORMATS[DType.FP4].codebook) == expected
 
 
+def test_q1_0_block_is_a_scale_and_signs():
+    # As ggml_get_type_traits(41)->to_float of llama.cpp decodes it.
+    form = FORMATS[DType.Q1_0]
+    data = random_rows(form, rows=4)
+    for block, weights in zip(data.reshape(-1, 18), form.decode(data, 384).reshape(-1, 128)):
+        (scale,) = struct.unpack_from("<e", block)
+        signs = [1 if block[2 + i // 8] >> i % 8 & 1 else -1 for i in range(128)]
+        np.testing.assert_array_equal(weights, np.float32(scale) * np.array(signs, np.float32))
+
+
 @per_format(BLOCKS)
 def test_packing_what_was_read_gives_the_same_bytes(form):
     data = random_rows(form)
+    if isinstance(form.codes, Trits):  # of whose bytes 243 are made, and 256 can be read
+        data = form.pack(form.fields(data))
     np.testing.assert_array_equal(form.pack(form.fields(data)), data)
 
 
-@per_format(GGML)
+@per_format(DEQUANTISED)
 def test_random_bytes_decode_as_gguf_decodes_them(form):
     assert_decodes_as_gguf_does(form, random_rows(form))
 
 
-@per_format(GGML_BLOCKS)
+@per_format([form for form in GGML if not form.is_float])
+def test_random_blocks_decode_as_llama_cpp_decodes_them(form):
+    reference = json.loads((DATA / "encoder_quality.json").read_text())["decoded"]
+    weights = form.decode(random_blocks(form.block_bytes), form.block_size)
+    assert digest_of_weights(weights) == reference[form.dtype.name]
+
+
+@per_format([form for form in DEQUANTISED if form.scale and form.scale.kind == "float16"])
 def test_extreme_scales_decode_as_gguf_decodes_them(form):
     pairs = [(a, b) for a in EXTREME_HALVES for b in EXTREME_HALVES]
     data = random_rows(form, rows=len(pairs), blocks=1)
     for scale, halves in zip((form.scale, form.minimum), zip(*pairs)):
-        if scale:
+        if scale and scale.pieces:  # of IQ1_M: nibbles in the high ends of four words
+            words = data[:, scale.offset :].view(np.uint16)
+            words &= np.uint16(0x0FFF)
+            words |= (
+                np.array(halves, np.uint16)[:, None] >> np.arange(0, 16, 4, dtype=np.uint16) << np.uint16(12)
+            )
+        elif scale:
             data[:, scale.offset : scale.offset + 2] = np.array(halves).reshape(-1, 1).view(np.uint8)
     assert_decodes_as_gguf_does(form, data)
+
+
+@pytest.mark.parametrize("dtype", [DType.MXFP4, DType.NVFP4], ids=str)
+def test_every_byte_that_is_a_scale_decodes_as_gguf_decodes_it(dtype):
+    form = FORMATS[dtype]
+    data = random_rows(form, rows=256, blocks=1)
+    data[:, : form.scale.bases] = np.arange(256, dtype=np.uint8)[:, None]
+    assert_decodes_as_gguf_does(form, data)
+    np.testing.assert_array_equal(form.fields(data).scale.base, data[:, : form.scale.bases])
+
+
+@per_format(GRIDS)
+def test_every_index_of_a_grid_decodes_as_gguf_decodes_it(form):
+    # Enough blocks that each of the 2048 indices at most, and each of 128 signs, comes up.
+    data = random_rows(form, rows=1024, blocks=1)
+    indices = np.zeros(1 << sum(bits.width for bits in form.codes.index), int)
+    indices[stacked(form.codes.index, data)] = 1
+    assert indices.all()
+    assert_decodes_as_gguf_does(form, data)
+
+
+@per_format(GRIDS)
+def test_codes_that_are_not_in_the_grid_are_refused(form):
+    fields = form.fields(random_rows(form, rows=1, blocks=1))
+    fields.codes[0, :8] = [0, 0, 0, 0, 0, 0, 0, form.code_max - fields.codes[0, 7]]
+
+    def pack_with_every_fourth_code() -> None:
+        for code in range(form.code_max + 1):
+            fields.codes[0, 3] = code
+            form.pack(fields)
+
+    with pytest.raises(WeightError, match=f"not in the grid of {form.dtype.value[:3]}"):
+        pack_with_every_fourth_code()
+
+
+@per_format(BLOCKS)
+def test_codebook_of_integers_is_what_it_says(form):
+    expected = {DType.NF4: None, DType.FP4: None}.get(form.dtype, form.codebook)
+    assert form.integers == expected
+    if form.integers is not None:
+        assert all(isinstance(value, int) and -128 <= value <= 127 for value in form.integers)
+        assert (form.code_min, form.code_max) == (0, len(form.integers) - 1)
+
+
+@per_format(GGML)
+def test_bits_per_weight_are_those_of_the_file(form):
+    size, nbytes = gguf.GGML_QUANT_SIZES[form.ggml_type]
+    assert form.bits_per_weight * size == 8 * nbytes
+
+
+def test_scale_of_mxfp4_is_half_a_power_of_two_though_the_power_is_beyond_f32():
+    scale = FORMATS[DType.MXFP4].scale
+    assert scale.table[[0, 127, 255]].tolist() == [2.0**-128, 0.5, 2.0**127]
+
+
+def test_bases_of_a_block_each_have_as_many_sub_blocks():
+    base = np.array([[1, 2], [3, 4]], np.float16)
+    values = Scales(base, None, unit=0.5, bases=2).values(4)
+    np.testing.assert_array_equal(values, [[0.5, 0.5, 1, 1], [1.5, 1.5, 2, 2]])
 
 
 @per_format(FLOATS)

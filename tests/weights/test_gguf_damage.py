@@ -128,7 +128,7 @@ UNSUPPORTED = {
         build([pair("a", Kind.ARRAY, array_of(Kind.ARRAY, 1, array_of(Kind.UINT8, 0)))]),
         "metadata 'a' is an array of arrays",
     ),
-    "tensor type": (build(tensors=[tensor(kind=Ggml.IQ2_XS)]), r"type IQ2_XS.*Q4_K.*Q6_K"),
+    "tensor type": (build(tensors=[tensor(kind=Ggml.Q8_1)]), r"type Q8_1.*Q4_K.*Q6_K"),
     "tensor type without a name": (build(tensors=[tensor(kind=1000)]), r"type 1000.*Q4_K"),
 }
 
