@@ -21,7 +21,8 @@ ERROR_BUDGET = 0.01
 _UNIT = 16  # ranks are kept in units of so many
 _SPLIT_BYTES = 2  # of a number of an adapter at run time
 
-# The relative root mean square error of normally distributed weights in each format; a re-encoded matrix has it anew.
+# The relative root mean square error of normally distributed weights in each format that can be encoded in; a
+# re-encoded matrix has it anew. Ternary and binary formats suit weights that were trained for them only.
 _ERRORS = {
     DType.F32: 0.0,
     DType.F16: 0.00021,
@@ -32,13 +33,18 @@ _ERRORS = {
     DType.Q5_0: 0.0428,
     DType.Q5_1: 0.0379,
     DType.Q4_K: 0.0707,
+    DType.IQ4_NL: 0.0750,
     DType.Q4_0: 0.0861,
     DType.Q4_1: 0.0783,
     DType.NF4: 0.0919,
     DType.FP4: 0.122,
     DType.INT4: 0.108,
+    DType.MXFP4: 0.1156,
     DType.Q3_K: 0.147,
     DType.Q2_K: 0.279,
+    DType.Q1_0: 0.600,
+    DType.TQ1_0: 0.809,
+    DType.TQ2_0: 0.809,
 }
 
 

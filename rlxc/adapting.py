@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.artifact import DEFAULT_MAX_RANK, UNIT_RANK, AdapterEntry, LoraGroup, LoraPart, LoraPlan
-from rlxc.dtypes import WEIGHT_TYPES, DType
-from rlxc.errors import OptionError
+from rlxc.dtypes import ENCODABLE, DType
+from rlxc.errors import OptionError, UnsupportedError
 from rlxc.ir import Graph
-from rlxc.ir.ops import DequantMatMul, MatMul
+from rlxc.ir.ops import DequantMatMul, Embed, MatMul, Route
 from rlxc.models import Config
 from rlxc.passes import Change, ChooseLoraStrategy, Delta, LoraMode, Replacement, WeightChanges, run_passes
 from rlxc.runtime.adapters import checked_scale
 from rlxc.weights.adapters import Adapter, AdapterBase, check_fits, open_adapter, register
-from rlxc.weights.encode import fitting
+from rlxc.weights.encode import changeable, fitting
 from rlxc.weights.registry import WeightRegistry
 
 AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
@@ -32,7 +32,7 @@ AdapterArgument = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 What an adapter brings whole (a norm, or PEFT's ``modules_to_save``) takes the model's place whatever the scale.
 """
 
-QUANTIZE_FORMATS = ("none", *(dtype.value for dtype in WEIGHT_TYPES if dtype is not DType.F32))
+QUANTIZE_FORMATS = ("none", *(dtype.value for dtype in ENCODABLE if dtype is not DType.F32))
 """What matrices can be encoded in."""
 
 _LARGEST_RANK = 4096
@@ -66,10 +66,10 @@ class AdapterOptions:
             raise OptionError(
                 f"lora rank must be an integer in 1..{_LARGEST_RANK}, got {self.max_rank!r:.40}"
             )
-        if self.fold_to is not None and self.fold_to not in [dtype.value for dtype in WEIGHT_TYPES]:
+        if self.fold_to is not None and self.fold_to not in [dtype.value for dtype in ENCODABLE]:
             raise OptionError(
                 f"cannot fold to {self.fold_to!r}",
-                remedy=f"choose one of: {', '.join(map(str, WEIGHT_TYPES))}",
+                remedy=f"choose one of: {', '.join(map(str, ENCODABLE))}",
             )
         if self.fold_to is not None and (self.mode == "split" or not self.adapters):
             raise OptionError(
@@ -154,6 +154,12 @@ def adapt(
                 f"two adapters are called {adapter.name!r}", source=path, remedy="rename one of the files"
             )
         check_fits(adapter, shapes)
+        scaled = [name for name in adapter.pairs if _scale_of(name) in shapes]
+        if scaled:
+            raise UnsupportedError(
+                f"{scaled[0]} has a scale of its own, with which adapters are not implemented",
+                source=adapter.source,
+            )
         register(adapter, registry)
         adapters.append((adapter, scale))
     formats = _formats(options.quantize, graph)
@@ -243,31 +249,43 @@ def _changes(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, list[Change
 def _fold_formats(
     options: AdapterOptions, graph: Graph, names: Iterable[str], formats: Mapping[str, DType]
 ) -> dict[str, DType]:
-    """What each matrix is encoded in if it is folded: the format asked for, or else its own."""
+    """What each matrix is encoded in if it is folded: the format asked for, or else its own or one that it can have."""
     result = {}
     for name in names:
         given = graph.stored(graph.weight[name]).type
         if len(given.shape) == 1:
             continue  # a norm stays as it is stored
-        wanted = DType(options.fold_to) if options.fold_to else formats.get(name, given.dtype)
-        result[name] = fitting(wanted, int(given.shape[1]))
+        wanted = DType(options.fold_to) if options.fold_to else formats.get(name, changeable(given.dtype))
+        result[name] = fitting(wanted, int(given.shape[-1]))
     return result
 
 
 def _formats(quantize: str, graph: Graph) -> dict[str, DType]:
-    """What each matrix is encoded in; the 4-bit formats with blocks of 64 are for products, not for tables."""
+    """What each matrix is encoded in, but for those that choose experts: a few bytes, whose errors would weigh much.
+
+    The 4-bit formats with blocks of 64 are for products, not for tables.
+    """
     if quantize == "none":
         return {}
     dtype = DType(quantize)
     linear = _linear_weights(graph)
+    routers = {graph.producer[node.inputs[0]].inputs[1] for node in graph.nodes if isinstance(node.op, Route)}
+    readers = (node for node in graph.nodes if isinstance(node.op, Embed | MatMul | DequantMatMul))
+    matrices = {node.inputs[1] for node in readers} - routers
     return {
         weight.name: fitting(dtype, int(weight.type.shape[1]))
         for weight in graph.weights
-        if len(weight.type.shape) == 2 and (weight.name in linear or dtype not in _FOR_PRODUCTS)
+        if weight.name in matrices and (weight.name in linear or dtype not in _FOR_PRODUCTS)
     }
 
 
 def _linear_weights(graph: Graph) -> set[str]:
-    """The matrices of the layers' products."""
+    """The matrices of the layers' products, but for those whose products are scaled, which adapters' are not."""
     users = (node for node in graph.nodes if isinstance(node.op, MatMul | DequantMatMul))
-    return {node.inputs[1] for node in users if node.inputs[1].startswith("blk.")}
+    names = {node.inputs[1] for node in users if node.inputs[1].startswith("blk.")}
+    return {name for name in names if _scale_of(name) not in graph.weight}
+
+
+def _scale_of(matrix: str) -> str:
+    """What files call the number that a matrix's product is multiplied by, where they have one."""
+    return f"{matrix.removesuffix('.weight')}.scale"

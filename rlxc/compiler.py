@@ -6,7 +6,6 @@ weights -> models -> passes -> backend -> artifact
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,6 @@ from rlxc.artifact import (
     ArtifactWriter,
     BackendName,
     KvCacheType,
-    KvLayer,
-    KvPlan,
     LoraPlan,
     Manifest,
     ModelFacts,
@@ -32,7 +29,7 @@ from rlxc.artifact import (
     TokenizerFacts,
     WeightEntry,
 )
-from rlxc.backends import Backend, BuildOptions, default_backend, get_backend
+from rlxc.backends import Backend, BuildOptions, StoredAs, default_backend, get_backend
 from rlxc.backends.recipes import Losses
 from rlxc.dtypes import DType
 from rlxc.errors import ModelError, OptionError
@@ -40,11 +37,12 @@ from rlxc.inspection import text
 from rlxc.ir import Graph, show
 from rlxc.ir.target import TargetFeatures
 from rlxc.ir.text import show_recipe
+from rlxc.lowering import LoweringOptions, kv_plan, lower_graph
 from rlxc.models import Config
-from rlxc.passes import LoraMode, PipelineResult, WeightChanges, default_passes, run_passes
+from rlxc.passes import LoraMode, PipelineResult
 from rlxc.reading import read_model
 from rlxc.vocab import TokenizerFiles, tokenizer_of
-from rlxc.weights.formats import FORMATS
+from rlxc.weight_table import aliases_of, file_bytes
 from rlxc.weights.gguf_writer import adapter_bytes
 from rlxc.weights.source import ModelFile, open_model
 
@@ -54,9 +52,6 @@ Progress = Callable[[str, int, int], None]
 if TYPE_CHECKING:
     from rlxc.backends.tvm.problem import Problem
     from rlxc.backends.tvm.targets import CpuTarget
-
-MAX_STEP = 256
-"""Tokens that a step takes at most. Longer prompts go in pieces; see docs/performance.md for why this many."""
 
 LOSSES = "losses.json"
 """The artifact's file that says what encoding weights anew cost, if any were."""
@@ -121,16 +116,9 @@ def compile(
     with open_model(model) as file:
         config, registry, graph, context = read_model(file, context)
         adapted = adapt(wishes, graph, config, registry, trace)
-        result = _lower(
-            graph,
-            engine.features,
-            context,
-            adapted.changes,
-            cache_dtype=cache_dtype,
-            rollback=rollback,
-            trace=trace,
-        )
-        kv_plan = _kv_plan(result)
+        wanted = LoweringOptions(context, adapted.changes, cache_dtype, rollback)
+        result = lower_graph(graph, engine.features, wanted, trace=trace)
+        caches = kv_plan(result)
         plan = _lora_plan(result, engine.features, activations, lora_rank)
         tokenizer = _tokenizer(file, config)
         with ArtifactWriter(output, overwrite=overwrite) as writer:
@@ -142,7 +130,7 @@ def compile(
                 done += 1
                 tell("weights", done, total)
 
-            options = BuildOptions(activations, target, kv_plan, plan)
+            options = BuildOptions(activations, target, caches, plan)
             losses = Losses()
             libraries = engine.build(result.graph, adapted.read(file.data), writer, options, wrote, losses)
             _write_companions(writer, tokenizer, adapted, losses)
@@ -152,11 +140,12 @@ def compile(
                 model=_model_facts(file, result.graph.name, config),
                 target=TargetFacts(engine.name, engine.runs_on, libraries),
                 options=Options(activations, context),
-                kv_cache=kv_plan,
+                kv_cache=caches,
                 tokenizer=TokenizerFacts(
                     tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos, tokenizer.add_eos
                 ),
-                weights=_weight_entries(result.graph),
+                weights=_weight_entries(result.graph, engine.storage(result.graph, activations)),
+                aliases=aliases_of(graph, result.graph),
                 lora=plan,
                 adapters=adapted.entries(),
             )
@@ -209,15 +198,8 @@ def lower(
             f"# {name}: {'fold' if decision['fold'] else 'split'}, {decision['reason']}\n"
             for name, decision in adapted.decisions.items()
         ]
-        result = _lower(
-            graph,
-            engine.features,
-            context,
-            adapted.changes,
-            cache_dtype=cache_dtype,
-            after=after,
-            trace=trace,
-        )
+        options = LoweringOptions(context, adapted.changes, cache_dtype)
+        result = lower_graph(graph, engine.features, options, after=after, trace=trace)
         return "".join(decisions) + show(result.graph)
 
 
@@ -235,8 +217,8 @@ def tuning_problems(model: str | os.PathLike[str], *, target: CpuTarget) -> list
         return read_problems(artifact.file(TUNING).read_bytes(), target, artifact.path)
     with open_model(model) as file:
         _, _, graph, context = read_model(file)
-        result = _lower(graph, TvmBackend.features, context, WeightChanges())
-        options = BuildOptions("int8", target.name, _kv_plan(result))
+        result = lower_graph(graph, TvmBackend.features, LoweringOptions(context))
+        options = BuildOptions("int8", target.name, kv_plan(result))
         return tuning_problems(result.graph, target, file.data, options)
 
 
@@ -251,28 +233,6 @@ def _cache_dtype(name: KvCacheType, backend: Backend) -> DType | None:
             remedy=f"choose one of: auto, {', '.join(known)}",
         )
     return known[name]
-
-
-def _lower(
-    graph: Graph,
-    features: TargetFeatures,
-    context: int,
-    changes: WeightChanges,
-    *,
-    cache_dtype: DType | None = None,
-    rollback: int = DEFAULT_ROLLBACK,
-    after: str | None = None,
-    trace: Callable[[str], None] | None = None,
-) -> PipelineResult:
-    passes = default_passes(
-        features,
-        context=context,
-        max_step=min(MAX_STEP, context),
-        rollback=min(rollback, context),
-        cache_dtype=cache_dtype,
-        changes=changes,
-    )
-    return run_passes(graph, passes, trace=trace, stop_after=after)
 
 
 def _lora_plan(
@@ -325,21 +285,16 @@ def _model_facts(file: ModelFile, architecture: str, config: Config) -> ModelFac
     )
 
 
-def _kv_plan(result: PipelineResult) -> KvPlan:
-    facts = result.facts["kv_cache"]
-    layers = tuple(KvLayer(**{**layer, "dtype": DType(layer["dtype"])}) for layer in facts["layers"])
-    return KvPlan(**{**facts, "layers": layers})
-
-
-def _weight_entries(graph: Graph) -> tuple[WeightEntry, ...]:
+def _weight_entries(graph: Graph, stored: Mapping[str, StoredAs]) -> tuple[WeightEntry, ...]:
     return tuple(
         WeightEntry(
             name=weight.name,
             dtype=weight.type.dtype,
-            shape=shape,
+            shape=tuple(map(int, weight.type.shape)),
             recipe=show_recipe(weight),
-            nbytes=math.prod(shape[:-1]) * FORMATS[weight.type.dtype].row_bytes(shape[-1]),
+            nbytes=file_bytes(weight),
+            stored_bytes=stored[weight.name].nbytes,
+            route=stored[weight.name].route,
         )
         for weight in graph.weights
-        for shape in [tuple(map(int, weight.type.shape))]
     )

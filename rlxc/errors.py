@@ -16,7 +16,8 @@
         ├── SnapshotError  ... with a snapshot that is damaged, or of another model or plan
         └── QueueFullError ... because too many requests wait already
 
-An error says in one line where the problem is, what it is and what to do next.
+An error says in one line where the problem is, what it is and what to do next. Where a file has several problems,
+:class:`Problems` gathers them, so that its reader learns of all at once.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ class RlxcError(Exception):
         problem: what is wrong, with the offending field and value.
         source: the file, tensor, option or pass where it is wrong.
         remedy: what the user can do about it.
+
+    ``parts`` are the errors that it stands for: itself, unless it was made by :class:`Problems`.
     """
 
     def __init__(self, problem: str, *, source: object = None, remedy: str = "") -> None:
         self.problem = problem
         self.source = source
         self.remedy = remedy
+        self.parts: tuple[RlxcError, ...] = (self,)
         where = "" if source is None else f"{source}: "
         then = f"; {remedy}" if remedy else ""
         super().__init__(f"{where}{problem}{then}")
@@ -94,3 +98,28 @@ class SnapshotError(SessionError):
 
 class QueueFullError(SessionError):
     """Too many requests wait already."""
+
+
+class Problems:
+    """Errors that are found one after the other and raised as one, whose ``parts`` they are."""
+
+    def __init__(self) -> None:
+        self.found: list[RlxcError] = []
+
+    def add(self, error: RlxcError) -> None:
+        """Take note of an error, or of all that it stands for."""
+        self.found += [part for part in error.parts if part not in self.found]
+
+    def error(self) -> RlxcError:
+        """The first error, of its own kind, which says how many there are; at least one must have been found."""
+        first, *others = self.found
+        if not others:
+            return first
+        more = f"{len(others)} more problem{'s' if len(others) > 1 else ''}"
+        whole = type(first)(
+            f"{first.problem} (and {more}, which `rlxc inspect` lists)",
+            source=first.source,
+            remedy=first.remedy,
+        )
+        whole.parts = tuple(self.found)
+        return whole

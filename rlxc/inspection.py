@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rlxc.artifact import Artifact, KvPlan
-from rlxc.errors import OptionError
+from rlxc.artifact import Activations, Artifact, KvPlan
+from rlxc.backends import BACKENDS, default_backend
+from rlxc.checking import Checked, CheckOptions, Readiness, check
+from rlxc.errors import ModelError, OptionError, RlxcError, UnsupportedError
+from rlxc.weight_table import WeightRow, WeightTable, of_adapter, of_artifact, of_file, of_graph
 from rlxc.weights.adapters import inspect_adapter
 from rlxc.weights.gguf import GgufFile
+from rlxc.weights.huggingface import survey_folder
 from rlxc.weights.source import ModelFile, open_model
 
 
@@ -22,7 +26,8 @@ class ModelInfo:
     """What a model, an adapter or an artifact holds.
 
     ``tensors`` counts tensors per format and ``tensor_bytes`` their bytes; ``parameters`` counts weights.
-    ``details`` holds what only that kind of file has.
+    ``details`` holds what only that kind of file has. ``readiness`` says of each backend whether it can compile a
+    model; ``weights`` lists every one, if that was asked for.
     """
 
     path: str
@@ -33,63 +38,152 @@ class ModelInfo:
     tensor_bytes: int
     tensors: Mapping[str, int]
     details: Mapping[str, Any]
+    readiness: tuple[Readiness, ...] = ()
+    weights: WeightTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
-        return asdict(self)
+        facts = asdict(self)
+        facts["readiness"] = [{"compiles": one.compiles, **asdict(one)} for one in self.readiness]
+        return facts
 
 
-def inspect(path: str | os.PathLike[str], *, batch: int = 1, context: int | None = None) -> ModelInfo:
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    batch: int = 1,
+    context: int | None = None,
+    backend: str | None = None,
+    target: str = "native",
+    activations: Activations = "int8",
+    weights: bool = False,
+) -> ModelInfo:
     """What is in a GGUF file, a Hugging Face folder, a LoRA adapter (GGUF or PEFT) or an artifact.
+
+    Of a model, it also says whether it compiles and, if not, everything that is missing. Weights are not read.
 
     Args:
         path: the file or folder.
         batch: of an artifact, the sequences whose caches' bytes are told.
-        context: the tokens that each of them has; by default as many as it can have.
+        context: of an artifact, the tokens that each of them has, by default as many as it can have; of a model, the
+            positions to compile it for, as of :func:`rlxc.compile`.
+        backend: of a model, the backend that shall compile it; by default, all are looked at.
+        target: of a model, as of :func:`rlxc.compile`.
+        activations: of a model, likewise.
+        weights: list all weights, with their formats and bytes, as an artifact has them or would have them on the
+            backend (by default the one that :func:`rlxc.compile` takes).
 
     Raises:
         RlxcError: it is none of these, or it is damaged.
-        OptionError: there are no such sequences, or no caches.
+        OptionError: an option is out of range, or there is nothing that it could be about.
     """
     root = Path(path)
-    is_adapter, is_artifact = (root / "adapter_config.json").exists(), (root / "manifest.json").exists()
-    if root.is_dir() and not is_adapter and (is_artifact or not (root / "config.json").exists()):
-        return _inspect_artifact(Artifact.open(root), batch, context)
-    if (batch, context) != (1, None):
-        raise OptionError(
-            "only artifacts have a size of caches, for a batch and a context",
-            source=path,
-            remedy="compile it first, or leave them out",
-        )
-    if is_adapter:
-        return _inspect_adapter(root)
-    with open_model(root) as file:
-        if file.metadata.get("general.type") == "adapter":
-            return _inspect_adapter(root)
-        return _inspect_model(file)
+    if backend not in (None, *BACKENDS):
+        raise OptionError(f"backend {backend!r} is unknown", remedy=f"choose one of: {', '.join(BACKENDS)}")
+    options = CheckOptions((backend,) if backend else BACKENDS, target, activations, context)
+    kind = _kind_of_folder(root) if root.is_dir() else "model"
+    if kind == "artifact":
+        artifact = Artifact.open(root)
+        if options != CheckOptions(BACKENDS, context=context):
+            raise OptionError("is compiled already", source=path, remedy="name a backend for a model")
+        return _inspect_artifact(artifact, batch, context, weights)
+    if batch != 1 or (kind == "adapter" and context is not None):
+        raise _no_caches(path)
+    if kind == "adapter":
+        return _inspect_adapter(root, weights)
+    try:
+        file = open_model(root, allow_foreign=True)
+    except (ModelError, UnsupportedError) as error:
+        if not root.is_dir():
+            raise
+        return _inspect_unusable_folder(root, options, weights, error)
+    with file:
+        if file.metadata.get("general.type") != "adapter":
+            return _inspect_model(file, options, weights)
+    if context is not None:
+        raise _no_caches(path)
+    return _inspect_adapter(root, weights)
 
 
-def _inspect_model(file: ModelFile) -> ModelInfo:
-    formats = Counter(info.dtype.value for info in file.tensors.values())
+def _kind_of_folder(root: Path) -> Literal["artifact", "adapter", "model"]:
+    if (root / "adapter_config.json").exists():
+        return "adapter"
+    is_artifact = (root / "manifest.json").exists() or not (root / "config.json").exists()
+    return "artifact" if is_artifact else "model"
+
+
+def _no_caches(path: object) -> OptionError:
+    return OptionError(
+        "only artifacts have a size of caches, for a batch and a context",
+        source=path,
+        remedy="compile it first, or leave them out",
+    )
+
+
+def _inspect_model(file: ModelFile, options: CheckOptions, weights: bool) -> ModelInfo:
+    foreign = file.foreign if isinstance(file, GgufFile) else ()
+    formats = Counter([info.dtype.value for info in file.tensors.values()])
+    formats.update(tensor.type.lower() for tensor in foreign)
+    shapes = [*(info.shape for info in file.tensors.values()), *(tensor.shape for tensor in foreign)]
     scalars = (int, float, bool, str)
     shown = {
         key: value if isinstance(value, scalars) else f"[{len(value)} values]"
         for key, value in file.metadata.items()
     }
+    found = check(file, options)
     return ModelInfo(
         path=str(file.path),
         kind=f"GGUF v{file.version}" if isinstance(file, GgufFile) else "Hugging Face folder",
         architecture=text(file.metadata, "general.architecture"),
         name=text(file.metadata, "general.name"),
-        parameters=sum(math.prod(info.shape) for info in file.tensors.values()),
+        parameters=sum(map(math.prod, shapes)),
         tensor_bytes=sum(info.nbytes for info in file.tensors.values()),
         tensors=dict(formats),
         details={"metadata": shown},
+        readiness=tuple(one.readiness for one in found),
+        weights=_model_weights(file, found, options) if weights else None,
     )
 
 
-def _inspect_adapter(path: Path) -> ModelInfo:
+def _model_weights(file: ModelFile, found: Sequence[Checked], options: CheckOptions) -> WeightTable:
+    """The weights as the first backend that is asked for would store them; if it would not, as the file has them."""
+    asked = options.backends[0] if len(options.backends) == 1 else default_backend()
+    (chosen,) = [one for one in found if one.readiness.backend == asked]
+    if chosen.lowered is None:
+        return of_file(file)
+    return of_graph(chosen.lowered, options.activations)
+
+
+def _inspect_unusable_folder(root: Path, options: CheckOptions, weights: bool, error: RlxcError) -> ModelInfo:
+    """What a Hugging Face folder holds that cannot be read as a model, and why not.
+
+    Raises:
+        RlxcError: the error, where nothing but a broken configuration is there.
+    """
+    survey = survey_folder(root)
+    if survey is None:
+        raise error
+    table = WeightTable.of(
+        WeightRow(tensor.name, tensor.shape, tensor.dtype.lower(), tensor.nbytes) for tensor in survey.tensors
+    )
+    problems = tuple(" ".join(str(part).split()) for part in error.parts)
+    return ModelInfo(
+        path=str(root),
+        kind="Hugging Face folder",
+        architecture=survey.model_type,
+        name=root.resolve().name,
+        parameters=table.total.parameters,
+        tensor_bytes=sum(tensor.nbytes for tensor in survey.tensors),
+        tensors=dict(Counter(tensor.dtype.lower() for tensor in survey.tensors)),
+        details={},
+        readiness=tuple(Readiness(name, options.context, problems) for name in options.backends),
+        weights=table if weights else None,
+    )
+
+
+def _inspect_adapter(path: Path, weights: bool) -> ModelInfo:
     facts, resolved = inspect_adapter(path), path.resolve()
+    name = resolved.name if path.is_dir() else resolved.stem
     details: dict[str, Any] = {
         "base_model": facts.base_model,
         "alpha": facts.alpha,
@@ -104,16 +198,17 @@ def _inspect_adapter(path: Path) -> ModelInfo:
         path=str(path),
         kind=f"LoRA adapter ({facts.kind.upper()})",
         architecture=facts.architecture or "",
-        name=resolved.name if path.is_dir() else resolved.stem,
+        name=name,
         parameters=facts.parameters,
         tensor_bytes=facts.stored_bytes,
         tensors=dict(facts.formats),
         # A number is a fact even if it is 0: an alpha of 0 means a scale of 1.
         details={key: value for key, value in details.items() if value or isinstance(value, float)},
+        weights=of_adapter(facts, name) if weights else None,
     )
 
 
-def _inspect_artifact(artifact: Artifact, batch: int, context: int | None) -> ModelInfo:
+def _inspect_artifact(artifact: Artifact, batch: int, context: int | None, weights: bool) -> ModelInfo:
     manifest = artifact.manifest
     formats = Counter(weight.dtype.value for weight in manifest.weights)
     lora: dict[str, Any] = {}
@@ -133,7 +228,7 @@ def _inspect_artifact(artifact: Artifact, batch: int, context: int | None) -> Mo
         architecture=manifest.model.architecture,
         name=manifest.model.name,
         parameters=sum(math.prod(weight.shape) for weight in manifest.weights),
-        tensor_bytes=sum(weight.nbytes for weight in manifest.weights),
+        tensor_bytes=sum(weight.stored_bytes for weight in manifest.weights),
         tensors=dict(formats),
         details={
             "rlxc": manifest.rlxc,
@@ -142,6 +237,7 @@ def _inspect_artifact(artifact: Artifact, batch: int, context: int | None) -> Mo
             **lora,
             "files": {name: entry.size for name, entry in manifest.files.items()},
         },
+        weights=of_artifact(artifact) if weights else None,
     )
 
 

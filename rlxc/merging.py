@@ -64,7 +64,8 @@ def merge(
         model: a GGUF file or a Hugging Face folder.
         adapters: GGUF files or PEFT folders, with scales or without.
         output: a file that ends in ``.gguf`` or ``.safetensors``.
-        fold_to: the format of merged matrices; by default their own. In safetensors, the type of all: f16, bf16 or f32,
+        fold_to: the format of merged matrices; by default their own, or one of about its size where it can only be read
+            (:func:`rlxc.weights.encode.fitting`). In safetensors, the type of all: f16, bf16 or f32,
             by default the model's, or f16 if it is packed.
         overwrite: replace a file that is there.
         progress: called as the work goes on.

@@ -39,13 +39,18 @@ def read_model(file: ModelFile, context: int | None = None) -> Model:
         OptionError: the context is longer than what the model was trained for.
     """
     registry = base_registry(file)
-    _tie_output(file, registry)
-    context = _checked_context(context, file)
+    tie_output(file, registry)
+    context = checked_context(context, file)
     config, graph = build_model(file.metadata, registry, file.path, context)
     return Model(config, registry, graph, context)
 
 
-def _checked_context(context: int | None, file: ModelFile) -> int:
+def checked_context(context: int | None, file: ModelFile) -> int:
+    """The positions that a model is to be compiled for, where ``context`` was asked for.
+
+    Raises:
+        OptionError: it is longer than what the model was trained for.
+    """
     trained = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
     if not isinstance(trained, int) or isinstance(trained, bool) or trained < 1:
         return context or DEFAULT_CONTEXT  # the model's definition says what is wrong
@@ -58,7 +63,7 @@ def _checked_context(context: int | None, file: ModelFile) -> int:
     return context
 
 
-def _tie_output(file: ModelFile, registry: WeightRegistry) -> None:
+def tie_output(file: ModelFile, registry: WeightRegistry) -> None:
     """Declare ``output.weight`` an alias of the embedding where it is absent, or holds the very same bytes.
 
     Tying two matrices that differ would turn the model's output to gibberish without an error.
@@ -70,6 +75,8 @@ def _tie_output(file: ModelFile, registry: WeightRegistry) -> None:
     if output in registry:
         found = registry.resolve(output)
         if (found.dtype, found.shape) != (target.dtype, target.shape):
+            return
+        if not {table, output} <= file.tensors.keys():  # of a type that nobody can read
             return
         if not _equal_bytes(file.data(output), file.data(table)):
             return

@@ -1,33 +1,26 @@
 """Text to token ids and back, from an artifact's ``tokenizer.json``.
 
-Encoding is done by the ``tokenizers`` library. Decoding is done here, on bytes: every token stands for a fixed
-byte string, so a text can be decoded token by token in constant time each, and never differently from all at once.
+Encoding is done by the ``tokenizers`` library, with the help of ``pieces.py`` where that has other rules than
+llama.cpp. Decoding is done here, on bytes: every token stands for a fixed byte string, so a text can be decoded token
+by token in constant time each, and never differently from all at once.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import tokenizers
 
 from rlxc.errors import ArtifactError, OptionError, SessionError
+from rlxc.runtime.pieces import Pieces, byte_alphabet, byte_of
+from rlxc.runtime.word_piece import spelling
 
 _SPACE = "\u2581"  # what SentencePiece vocabularies write for a space
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level vocabularies write for each byte, as GPT-2 defined it."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_ALPHABET = _byte_alphabet()
+_BYTE_ALPHABET = byte_alphabet()
 
 
 class Tokenizer:
@@ -51,7 +44,8 @@ class Tokenizer:
         if not path.is_file():
             raise ArtifactError("there is no such file", source=path, remedy="compile the model again")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            raw = path.read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # the library raises nothing narrower
             raise ArtifactError(
                 f"not a tokenizer: {error}", source=path, remedy="compile the model again"
@@ -67,23 +61,43 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._byte_level, self._strips = _decoder_rules(self._tokenizer)
+        kinds = _decoder_kinds(self._tokenizer)
+        self._byte_level, self._word_piece = "ByteLevel" in kinds, "WordPiece" in kinds
+        self._strips = bool(kinds & {"Strip", "WordPiece"})
+        self._pieces = Pieces(self._tokenizer, raw, byte_level=self._byte_level)
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+    def encode(self, text: str | bytes, *, add_special: bool = True) -> list[int]:
         """Returns the ids of ``text``; special tokens written out in it count as such.
 
         Args:
-            text: any text.
+            text: any text; or bytes, of which those that are no UTF-8 become what llama.cpp makes of them: byte
+                tokens in a SentencePiece vocabulary, U+FFFD in others.
             add_special: put the model's begin (and end) tokens around it, as its vocabulary asks for.
 
         Raises:
             SessionError: the text holds half a surrogate pair.
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
-        except (UnicodeEncodeError, TypeError) as error:
+            data = text if isinstance(text, bytes) else text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
             raise SessionError("the prompt is not valid Unicode text") from error
-        return ids
+        if not self._pieces.needed:
+            try:
+                ids: list[int] = self._tokenizer.encode(data.decode(), add_special_tokens=add_special).ids
+            except UnicodeDecodeError:
+                pass
+            else:
+                return ids
+        ids = self._pieces.encode(data)
+        return self._surrounded(ids) if add_special else ids
+
+    def _surrounded(self, ids: list[int]) -> list[int]:
+        """Puts around ids what the document puts around any text."""
+        around = self._tokenizer.encode("a", add_special_tokens=True)
+        mask = around.special_tokens_mask
+        before = len(list(takewhile(bool, mask)))
+        after = len(list(takewhile(bool, reversed(mask[before:]))))
+        return [*around.ids[:before], *ids, *around.ids[len(mask) - after :]]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
         """Returns the text of ``ids``; bytes that are no UTF-8 become U+FFFD.
@@ -124,19 +138,17 @@ class Tokenizer:
         if self._byte_level:
             spelt = all(char in _BYTE_ALPHABET for char in token)
             return bytes(_BYTE_ALPHABET[char] for char in token) if spelt else token.encode()
-        byte = _BYTE_TOKEN.fullmatch(token)
-        if byte:
-            return bytes([int(byte[1], 16)])
-        return token.replace(_SPACE, " ").encode()
+        text = spelling(token) if self._word_piece else token
+        byte = byte_of(text)
+        return text.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
 
 
-def _decoder_rules(tokenizer: tokenizers.Tokenizer) -> tuple[bool, bool]:
-    """Returns whether the vocabulary is byte-level, and whether decoding drops one leading space."""
+def _decoder_kinds(tokenizer: tokenizers.Tokenizer) -> frozenset[str]:
+    """Returns the kinds of the steps that decoding consists of."""
     if tokenizer.decoder is None:
-        return False, False
+        return frozenset()
     state = json.loads(tokenizer.decoder.__getstate__())
-    kinds = {step["type"] for step in state.get("decoders", [state])}
-    return "ByteLevel" in kinds, "Strip" in kinds
+    return frozenset(step["type"] for step in state.get("decoders", [state]))
 
 
 class TextStream:

@@ -14,22 +14,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from hf_kinds import BIAS_KEYS, KINDS, Sizes, layer_shapes, norm_shapes
 from safetensors.numpy import save_file
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, CONTEXT = 64, 128, 4, 2, 128, 256
-LAYERS = {"llama": 2, "mistral": 2, "gemma3_text": 5}
-HEAD_DIM = {"llama": 16, "mistral": 32, "gemma3_text": 32}
-"""Mistral's and Gemma's heads are larger than hidden size / heads, which only ``head_dim`` tells."""
+LAYERS = {name: kind.layers for name, kind in KINDS.items()}
+HEAD_DIM = {name: kind.head_dim for name, kind in KINDS.items()}
 
 WEIGHT_SIZE = HIDDEN**-0.5
 """Standard deviation of the weights: activations and attention scores stay near 1."""
 
 TEXT = [1, *np.random.RandomState(0).randint(3, VOCAB, 23).tolist()]
 """The token ids whose logits are compared: three times Gemma's window."""
-
-_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 
 # The published values of NF4 (Dettmers et al. 2023, appendix E) and of FP4: sign, two bits of exponent, one of
 # fraction, over 12.
@@ -54,8 +52,9 @@ class HfTiny:
         model_type: as in ``config.json``.
         dtype: of every tensor, as safetensors spells it.
         config: keys of ``config.json`` to add or change.
-        bias: with biases of the attention, and in Llama of the MLP.
-        four_bit: ``nf4`` or ``fp4`` for the linear layers; ``nested`` with double quantisation.
+        bias: with the biases that the kind of model may have.
+        four_bit: ``nf4`` or ``fp4`` for the linear layers; ``nested`` with double quantisation. ``mxfp4`` for
+            gpt-oss's experts.
         shards: how many files the weights are in.
         seed: of the weights.
     """
@@ -71,19 +70,20 @@ class HfTiny:
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", self.model_type == "gemma3_text"))
+        return bool(self.config.get("tie_word_embeddings", KINDS[self.model_type].tied))
 
     def arrays(self) -> Arrays:
         """Every weight by its name in the folder, in f32 but of values that ``dtype`` can hold."""
         rng = np.random.RandomState(self.seed)
         arrays: Arrays = {}
-        for name, shape in shapes(self.model_type, self.tied, self.bias):
+        parallel = bool(self.config.get("use_parallel_residual"))
+        for name, shape in shapes(self.model_type, self.tied, self.bias, parallel):
             noise = rng.standard_normal(shape)
-            if len(shape) == 2:
+            if len(shape) > 1 and not name.endswith("bias"):
                 values = WEIGHT_SIZE * noise
             elif name.endswith("norm.weight"):
                 # Gemma adds the one itself.
-                values = 0.2 * noise + (self.model_type != "gemma3_text")
+                values = 0.2 * noise + (not self.model_type.startswith("gemma"))
             else:
                 values = 0.2 * noise
             arrays[name] = as_float(as_stored(values.astype(np.float32), self.dtype), self.dtype)
@@ -106,7 +106,9 @@ class HfTiny:
         folder.mkdir(parents=True, exist_ok=True)
         stored: dict[str, tuple[str, npt.NDArray[Any]]] = {}
         for name, values in self.arrays().items():
-            if self.four_bit and name.endswith("proj.weight"):
+            if self.four_bit == "mxfp4" and values.ndim == 3:
+                stored |= pack_mxfp4(name, values)
+            elif self.four_bit in CODEBOOKS and name.endswith("proj.weight"):
                 stored |= pack_four_bit(name, values, self.four_bit, nested=self.nested)
             else:
                 stored[name] = (self.dtype, as_stored(values, self.dtype))
@@ -119,8 +121,9 @@ class HfTiny:
 
     def config_json(self) -> dict[str, Any]:
         """The configuration, with the keys that Transformers writes for every model."""
+        kind = KINDS[self.model_type]
         config: dict[str, Any] = {
-            "architectures": [_CLASSES[self.model_type]],
+            "architectures": [kind.causal_lm],
             "attention_bias": self.bias,
             "attention_dropout": 0.0,
             "bos_token_id": 1,
@@ -134,23 +137,25 @@ class HfTiny:
             "num_attention_heads": HEADS,
             "num_hidden_layers": LAYERS[self.model_type],
             "num_key_value_heads": KV_HEADS,
+            "pad_token_id": None,
             "rms_norm_eps": 1e-6,
             "transformers_version": "5.0.0",
             "use_cache": True,
             "vocab_size": VOCAB,
         }
-        if self.model_type == "llama":
-            config |= {"hidden_act": "silu", "mlp_bias": self.bias, "pretraining_tp": 1}
-        elif self.model_type == "mistral":
-            config |= {"hidden_act": "silu", "sliding_window": None}
-            del config["attention_bias"]
-        else:
-            config |= {
-                "hidden_activation": "gelu_pytorch_tanh",
-                "query_pre_attn_scalar": HEAD_DIM["gemma3_text"],
-            }
-            config |= {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 8}
-        if self.four_bit:
+        config |= kind.keys
+        dropped = {key for key, value in kind.keys.items() if value is None and key in _NOT_EVERYWHERE}
+        config = {key: value for key, value in config.items() if key not in dropped}
+        config |= dict.fromkeys(BIAS_KEYS.get(self.model_type, ()), self.bias)
+        if self.four_bit == "mxfp4":
+            skipped = [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ]
+            config["quantization_config"] = {"modules_to_not_convert": skipped, "quant_method": "mxfp4"}
+        elif self.four_bit:
             config["quantization_config"] = {
                 "_load_in_4bit": True,
                 "_load_in_8bit": False,
@@ -169,6 +174,8 @@ class HfTiny:
         return {**config, **self.config}
 
 
+_NOT_EVERYWHERE = ("attention_bias", "rms_norm_eps")
+
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -179,6 +186,8 @@ _YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 0.4,
 }
+_UNROUNDED = {**_YARN, "truncate": False, "rope_theta": 150000.0}
+del _UNROUNDED["mscale"], _UNROUNDED["mscale_all_dim"]
 _LONG = {"max_position_embeddings": 16384}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -187,6 +196,14 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+
+
+def _factors(count: int) -> dict[str, list[float]]:
+    """LongRoPE's, all different."""
+    return {name: [first + 0.3 * i for i in range(count)] for name, first in _FIRST.items()}
+
+
+_FIRST = {"short_factor": 1.0, "long_factor": 1.5}
 _KINDS = [
     "sliding_attention",
     "sliding_attention",
@@ -235,35 +252,111 @@ VARIANTS: Mapping[str, HfTiny] = {
     ),
     "llama-nf4": HfTiny(four_bit="nf4", nested=True, seed=11),
     "llama-fp4": HfTiny(dtype="F16", four_bit="fp4", seed=12),
+    "llama-longrope": HfTiny(
+        config={"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 16, **_factors(8)}},
+        seed=13,
+    ),
+    "mistral-window": HfTiny("mistral", config={"sliding_window": 8}, seed=14),
+    "mixtral": HfTiny("mixtral", dtype="BF16", shards=2, seed=15),
+    "qwen2": HfTiny("qwen2", dtype="BF16", config={"rope_theta": 1e6, "tie_word_embeddings": True}, seed=16),
+    "qwen2-windows": HfTiny(
+        "qwen2",
+        config={
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+            "rope_parameters": _YARN,
+            **_LONG,
+        },
+        seed=17,
+    ),
+    "qwen3": HfTiny("qwen3", bias=True, config={"rope_scaling": {"type": "linear", "factor": 3.0}}, seed=18),
+    "qwen3-moe": HfTiny("qwen3_moe", dtype="BF16", seed=19),
+    "gemma2": HfTiny("gemma2", dtype="F16", config={"sliding_window_size": 8}, seed=21),
+    "gemma2-new": HfTiny(
+        "gemma2",
+        bias=True,
+        config={
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+        },
+        seed=22,
+    ),
+    "phi3": HfTiny("phi3", dtype="BF16", config={"sliding_window": 9}, seed=23),
+    "phi3-long": HfTiny(
+        "phi3",
+        config={
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "longrope", **_factors(6)},
+            "tie_word_embeddings": True,
+            "full_attn_mod": 1,
+            "lm_head_bias": False,
+        },
+        seed=24,
+    ),
+    # The context that tests compile for is as long as the original one.
+    "phi3-short": HfTiny(
+        "phi3",
+        config={
+            "max_position_embeddings": 1024,
+            "rope_scaling": {"type": "longrope", "attention_factor": 1.3, **_factors(8)},
+        },
+        seed=25,
+    ),
+    "granite": HfTiny("granite", dtype="F16", bias=True, seed=26),
+    "olmo2": HfTiny("olmo2", dtype="BF16", seed=27),
+    "olmo3": HfTiny(
+        "olmo3",
+        config={
+            "rope_parameters": {
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            **_LONG,
+        },
+        seed=28,
+    ),
+    "starcoder2": HfTiny("starcoder2", dtype="BF16", bias=True, config={"rope_theta": 999999.44}, seed=29),
+    "starcoder2-plain": HfTiny(
+        "starcoder2", config={"sliding_window": None, "tie_word_embeddings": False}, seed=30
+    ),
+    "stablelm": HfTiny("stablelm", dtype="F16", bias=True, config={"partial_rotary_factor": 0.25}, seed=31),
+    "stablelm-parallel": HfTiny(
+        "stablelm",
+        config={
+            "use_parallel_residual": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+        seed=32,
+    ),
+    "gpt-oss": HfTiny(
+        "gpt_oss", dtype="BF16", bias=True, config={"rope_scaling": _UNROUNDED, **_LONG}, seed=33
+    ),
+    "gpt-oss-mxfp4": HfTiny(
+        "gpt_oss",
+        bias=True,
+        four_bit="mxfp4",
+        config={"rope_parameters": {"rope_theta": 150000.0, **_YARN}, "layer_types": _KINDS[1:4]},
+        shards=2,
+        seed=34,
+    ),
 }
 
 
-def shapes(model_type: str, tied: bool, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(
+    model_type: str, tied: bool, bias: bool, parallel: bool = False
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every weight's name and shape."""
     dim = HEAD_DIM[model_type]
-    queries, keys = HEADS * dim, KV_HEADS * dim
+    sizes = Sizes(HIDDEN, FFN, HEADS, dim, HEADS * dim, KV_HEADS * dim)
     yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
-    yield "model.norm.weight", (HIDDEN,)
+    yield from norm_shapes(model_type, "model.norm", HIDDEN)
     if not tied:
         yield "lm_head.weight", (VOCAB, HIDDEN)
-    linear = {"q": (queries, HIDDEN), "k": (keys, HIDDEN), "v": (keys, HIDDEN), "o": (HIDDEN, queries)}
-    mlp = {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
-    norms = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
-    if model_type == "gemma3_text":
-        norms |= {"pre_feedforward_layernorm": HIDDEN, "post_feedforward_layernorm": HIDDEN}
-        norms |= {"self_attn.q_norm": dim, "self_attn.k_norm": dim}
     for i in range(LAYERS[model_type]):
-        block = f"model.layers.{i}"
-        for part, table, biased in (
-            ("self_attn", linear, bias),
-            ("mlp", mlp, bias and model_type == "llama"),
-        ):
-            for name, shape in table.items():
-                yield f"{block}.{part}.{name}_proj.weight", shape
-                if biased:
-                    yield f"{block}.{part}.{name}_proj.bias", shape[:1]
-        for name, size in norms.items():
-            yield f"{block}.{name}.weight", (size,)
+        for name, shape in layer_shapes(model_type, sizes, bias, parallel):
+            yield f"model.layers.{i}.{name}", shape
 
 
 def as_stored(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
@@ -321,6 +414,17 @@ def pack_four_bit(
         parts[f"{name}.absmax"] = ("F32", absmax)
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return {**parts, f"{name}.quant_state.bitsandbytes__{kind}": ("U8", text)}
+
+
+def pack_mxfp4(name: str, values: npt.NDArray[np.float32]) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+    """Experts' matrices ``[E, in, out]`` as gpt-oss stores them: rows of codes, two in a byte, and exponents."""
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # OCP Microscaling Formats v1.0, section 5.3.3
+    blocks = values.swapaxes(1, 2).reshape(*values.shape[:1], values.shape[2], -1, 32).astype(np.float64)
+    exponents = np.ceil(np.log2(np.abs(blocks).max(axis=-1) / 6))
+    scaled = np.abs(blocks) / np.exp2(exponents)[..., None]
+    codes = np.abs(scaled[..., None] - sizes).argmin(axis=-1) + 8 * (blocks < 0)
+    pairs = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    return {f"{name}_blocks": ("U8", pairs), f"{name}_scales": ("U8", (exponents + 127).astype(np.uint8))}
 
 
 def write_weights(folder: Path, tensors: Mapping[str, tuple[str, npt.NDArray[Any]]], shards: int = 1) -> None:

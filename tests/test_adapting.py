@@ -20,6 +20,7 @@ from adapters import write_gguf_adapter, write_peft_adapter
 from hf_folders import TEXT as HF_TEXT
 from hf_folders import HfTiny
 from hf_folders import shapes as hf_shapes
+from model_graphs import MODELS, model_graph
 from one_layer import (
     ALPHA,
     EMBEDDING,
@@ -40,11 +41,12 @@ from one_layer import (
 )
 
 import rlxc
-from rlxc.adapting import QUANTIZE_FORMATS
+from rlxc.adapting import QUANTIZE_FORMATS, AdapterOptions, _fold_formats, _formats
 from rlxc.artifact import Artifact, BackendName, WeightEntry
 from rlxc.compiler import read_losses
 from rlxc.dtypes import DType
 from rlxc.errors import OptionError, SessionError
+from rlxc.ir import parse
 from rlxc.weights.encode import encode, fitting
 from rlxc.weights.formats import FORMATS
 
@@ -368,6 +370,16 @@ def test_quantized_weights_are_what_encoding_gives(folder: Path, tmp_path: Path,
     assert_close(score(artifact), interpreted(write_model(tmp_path / "e.gguf", tensors=expected)))
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "granite", "llama with experts"])
+def test_neither_biases_nor_routers_are_quantized(name: str) -> None:
+    architecture, options = MODELS[name]
+    graph = model_graph(architecture, 1, **options)
+    kinds = {tensor.split(".")[-2] for tensor in _formats("q8_0", graph)}
+    mlp = set() if options.get("experts") else {"ffn_gate", "ffn_up", "ffn_down"}
+    assert kinds == {"token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_output"} | mlp
+    assert not [tensor for tensor in _formats("q8_0", graph) if not tensor.endswith(".weight")]
+
+
 def test_rows_that_are_no_whole_blocks_get_a_format_that_fits(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "model", HF_MODELS["llama"])  # whose rows are 64 and 128 long
     artifact = compile_exact(source, tmp_path / "m.rlx", quantize="q4_k")
@@ -406,6 +418,32 @@ def test_folded_matrix_has_the_format_asked_for(
     model = write_model(tmp_path / "m.gguf", "F16")
     artifact = compile_exact(model, tmp_path / "m.rlx", adapters=[path], lora="fold", **options)
     assert weights(artifact)[OUTPUT].dtype is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "folded"),
+    [("iq3_s", DType.Q3_K), ("iq4_xs", DType.IQ4_NL), ("nvfp4", DType.Q4_K), ("tq2_0", DType.Q4_K)],
+)
+def test_base_that_cannot_hold_a_change_is_folded_to_a_format_that_can(given: str, folded: DType) -> None:
+    graph = parse(f"""
+    graph g
+    input %x: f32[batch, seq, 256]
+    weight @w: {given}[8, 256]
+    %y = DequantMatMul(%x, @w)
+    output %y
+    """)
+    assert _fold_formats(AdapterOptions(), graph, ["w"], {}) == {"w": folded}
+    asked = AdapterOptions(["a.gguf"], fold_to="tq2_0")
+    assert _fold_formats(asked, graph, ["w"], {}) == {"w": DType.TQ2_0}
+
+
+@pytest.mark.parametrize("options", [{"quantize": "iq2_xs"}, {"adapters": ["a.gguf"], "fold_to": "iq2_xs"}])
+def test_format_that_can_only_be_read_is_refused_and_others_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(
+        OptionError, match=r"cannot (quantize|fold) to 'iq2_xs'.*q2_k.*iq4_nl.*mxfp4"
+    ) as caught:
+        AdapterOptions(**options)
+    assert "iq2_s," not in str(caught.value)
 
 
 def test_losses_of_an_artifact_are_json_by_weight(folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adapters import random_pairs, write_gguf_adapter
 from one_layer import LINEAR, compile_exact, pairs, write_adapter, write_model
 
-from rlxc.errors import FormatError, ModelError, OptionError, RlxcError, WeightError
+from rlxc.errors import FormatError, ModelError, OptionError, RlxcError, UnsupportedError, WeightError
 
 Q, DOWN, NORM = "blk.0.attn_q.weight", "blk.0.ffn_down.weight", "blk.0.attn_norm.weight"
 TWO = {Q: LINEAR[Q], DOWN: LINEAR[DOWN]}
@@ -196,3 +196,11 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_leaves_nothing(
         compile_exact(folder / "model.gguf", tmp_path / "out.rlx", adapters=adapters, **options)
     assert str(refused.value).count("\n") == 0
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_adapters_of_matrices_with_scales_are_refused(tmp_path: Path) -> None:
+    scale = {Q.replace(".weight", ".scale"): np.array([2.0], np.float32)}
+    model = write_model(tmp_path / "scaled.gguf", tensors=scale)
+    adapter = write_adapter(tmp_path / "a.gguf", {Q: LINEAR[Q]})
+    with pytest.raises(UnsupportedError, match=f"{re.escape(Q)} has a scale of its own"):
+        compile_exact(model, tmp_path / "out.rlx", adapters=[adapter])

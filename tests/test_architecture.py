@@ -28,12 +28,14 @@ MAY_IMPORT = {
     "vocab": BASE,
     "models": BASE | {"ir", "weights"},
     "passes": BASE | {"ir"},
-    "backends": BASE | {"ir", "artifact", "weights.formats", "weights.encode", "weights.encode_keeping"},
+    "backends": BASE
+    | {"ir", "artifact", "weights.fields", "weights.formats", "weights.encode", "weights.encode_keeping"},
     "runtime": BASE | {"artifact", "weights.adapters"},
 }
 MAY_IMPORT_EVERYTHING = {
     *("__init__", "__main__", "cli"),
-    *("compiler", "reading", "adapting", "merging", "comparing", "inspection"),
+    *("compiler", "reading", "lowering", "adapting", "merging", "comparing"),
+    *("inspection", "checking", "weight_table"),
 }
 
 # Modules that import what a table in them names; the rules hold for the names in such tables as well.

@@ -65,13 +65,18 @@ MANIFEST = Manifest(
         ),
     ),
     tokenizer=TokenizerFacts(bos_id=2, eos_ids=(1, 3), add_bos=True, add_eos=False),
-    weights=(WeightEntry("token_embd.weight", DType.Q8_0, (32, 64), "source(token_embd.weight)", 2176),),
+    weights=(
+        WeightEntry(
+            "token_embd.weight", DType.Q8_0, (32, 64), "source(token_embd.weight)", 2176, 2176, "f32"
+        ),
+    ),
 )
 TABLE = LoraPart("token_embd.weight", 64, 32, "table.up", 0, 64)
 Q = LoraPart("blk.0.attn_q.weight", 40, 64, "qk.up", 0, 60)
 K = LoraPart("blk.0.attn_k.weight", 20, 64, "qk.up", 40, 60)
 FULL = replace(
     MANIFEST,
+    aliases={"output.weight": "token_embd.weight"},
     target=replace(
         MANIFEST.target,
         libraries=(Library("model.x86-64-v3.o", "x86-64-v3", "x86_64", ("avx2", "fma"), 4096, 7, 5, 3),),
@@ -146,6 +151,8 @@ def removed(path: tuple[Any, ...]) -> bytes:
 
 
 PATHS = list(paths(TREE))
+MAPPINGS = (("files",), ("aliases",))
+"""The objects whose keys are names that may be any."""
 FIELDS = [path for path in PATHS if isinstance(path[-1], str) and path[0] not in ("format", "version")]
 OPTIONAL = {
     ("kv_cache", "page_size"): int,
@@ -174,7 +181,7 @@ def test_equal_manifests_give_equal_bytes() -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("path", [path for path in FIELDS if path[:-1] != ("files",)], ids=shown)
+@pytest.mark.parametrize("path", [path for path in FIELDS if path[:-1] not in MAPPINGS], ids=shown)
 def test_missing_field_is_refused_by_name(path: tuple[Any, ...]) -> None:
     with pytest.raises(ArtifactError) as refused:
         Manifest.from_json(removed(path))
@@ -182,7 +189,9 @@ def test_missing_field_is_refused_by_name(path: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [(), *(path for path in PATHS if type(value_at(path)) is dict and path != ("files",))], ids=shown
+    "path",
+    [(), *(path for path in PATHS if type(value_at(path)) is dict and path not in MAPPINGS)],
+    ids=shown,
 )
 def test_unknown_field_is_refused_by_name(path: tuple[Any, ...]) -> None:
     with pytest.raises(ArtifactError, match=r"has an unknown field 'colour'"):
@@ -274,6 +283,12 @@ def test_value_out_of_range_is_refused_by_name(path: tuple[Any, ...], value: Any
         (("adapters", 1, "name"), "style", "adapters names 'style' twice"),
         (("adapters", 1, "file"), None, r"adapters\[1\] is neither folded nor in a file"),
         (("adapters", 1, "file"), "other.gguf", r"adapters\[1\].file is 'other.gguf', which is not among"),
+        (
+            ("aliases", "output.weight"),
+            "blk.0.up.weight",
+            "says that 'output.weight' is 'blk.0.up.weight', which",
+        ),
+        (("aliases", "token_embd.weight"), "token_embd.weight", "which the weights do not allow"),
         (("tokenizer", "bos_id"), 32, "token 32"),
         (("tokenizer", "eos_ids"), [32], "token 32"),
     ],

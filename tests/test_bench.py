@@ -44,8 +44,8 @@ MANIFEST = Manifest(
     kv_cache=KvPlan(8, 8, 0, None, 32, ()),
     tokenizer=TokenizerFacts(None, (), add_bos=False, add_eos=False),
     weights=(
-        WeightEntry("token_embd.weight", DType.F32, (10, 4), "", 160),
-        WeightEntry("blk.0.ffn_up.weight", DType.F32, (8, 4), "", 128),
+        WeightEntry("token_embd.weight", DType.F32, (10, 4), "", 160, 160, "f32"),
+        WeightEntry("blk.0.ffn_up.weight", DType.F32, (8, 4), "", 128, 128, "f32"),
     ),
 )
 
@@ -55,7 +55,7 @@ def test_table_that_gives_logits_is_read_for_every_token() -> None:
 
 
 def test_table_that_is_only_looked_up_is_not_read() -> None:
-    output = WeightEntry("output.weight", DType.F32, (10, 4), "", 160)
+    output = WeightEntry("output.weight", DType.F32, (10, 4), "", 160, 160, "f32")
     assert bytes_per_token(replace(MANIFEST, weights=(*MANIFEST.weights, output))) == 288
 
 

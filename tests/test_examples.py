@@ -45,3 +45,29 @@ def test_synthetic_llama_is_a_model_that_runs(tmp_path: Path) -> None:
     with rlxc.load(tmp_path / "tiny.rlx") as session:
         logits = session.prefill([1, 2, 3])
     assert 0.01 < float(logits.std()) < 100  # neither vanished nor exploded
+
+
+def test_format_speed_has_a_line_for_each_format() -> None:
+    command = [sys.executable, str(EXAMPLES / "format_speed.py"), "q1_0", "mxfp4", "nf4"]
+    result = subprocess.run(
+        [*command, "--megabytes", "1", "--rounds", "2"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    lines = {
+        line.split()[0]: [float(value) for value in line.split()[1:]]
+        for line in result.stdout.splitlines()[1:]
+    }
+    assert {name: values[:2] for name, values in lines.items()} == {
+        "q1_0": [1.125, 1.125],
+        "mxfp4": [4.25, 4.25],
+        "nf4": [4.5, 4.5],
+    }
+    assert all(value > 0 for values in lines.values() for value in values)
+
+
+def test_format_speed_names_the_formats_it_knows() -> None:
+    command = [sys.executable, str(EXAMPLES / "format_speed.py"), "q9_9"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no packed format is called 'q9_9'")
+    assert result.stderr.count("\n") == 1

@@ -30,7 +30,7 @@ from rlxc.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "rlxc-artifact"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,18 @@ class Options:
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """One weight as stored: format, shape ``[out, in]``, where it came from, and the bytes it takes."""
+    """One weight as stored: format, shape ``[out, in]``, and where it came from.
+
+    The model file has ``nbytes`` of it, the artifact ``stored_bytes``; ``route`` says in words what reads it there.
+    """
 
     name: str
     dtype: DType
     shape: tuple[Count, ...]
     recipe: str
     nbytes: Bytes
+    stored_bytes: Bytes
+    route: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything an artifact says about itself; ``rlxc`` is the version that compiled it."""
+    """Everything an artifact says about itself; ``rlxc`` is the version that compiled it.
+
+    ``aliases`` are tensors of the model that take no bytes: other names of weights, such as a tied output matrix.
+    """
 
     rlxc: str
     model: ModelFacts
@@ -143,6 +151,7 @@ class Manifest:
     kv_cache: KvPlan
     tokenizer: TokenizerFacts
     weights: tuple[WeightEntry, ...]
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     lora: LoraPlan | None = None
     adapters: tuple[AdapterEntry, ...] = ()
     files: Mapping[FileName, FileEntry] = field(default_factory=lambda: MappingProxyType({}))
@@ -276,6 +285,10 @@ def _check_consistency(manifest: Manifest) -> None:
     for i, library in enumerate(manifest.target.libraries):
         if library.file not in manifest.files:
             raise _Mismatch(f"target.libraries[{i}].file is {library.file!r}, which is not among the files")
+    names = {weight.name for weight in manifest.weights}
+    for alias, weight in manifest.aliases.items():
+        if alias in names or weight not in names:
+            raise _Mismatch(f"aliases says that {alias!r:.80} is {weight!r:.80}, which the weights do not allow")
     _check_lora(manifest)
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     for token in (*bos, *tokenizer.eos_ids):

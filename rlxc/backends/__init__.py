@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
@@ -46,6 +46,17 @@ class BuildOptions:
         return self.kv.max_step
 
 
+@dataclass(frozen=True)
+class StoredAs:
+    """How a weight lies in an artifact: the bytes it takes there, and in words what reads it.
+
+    Such as ``int8, 4+2 bits``: multiplied with activations in int8, its codes in planes of 4 and 2 bits.
+    """
+
+    nbytes: int
+    route: str
+
+
 class Backend(Protocol):
     """What every backend offers."""
 
@@ -64,6 +75,21 @@ class Backend(Protocol):
         losses: Losses | None = None,
     ) -> tuple[Library, ...]:
         """Write the files that the backend's engine will load; returns those that are machine code."""
+
+    def check(
+        self, graph: Graph, read: Callable[[str], npt.NDArray[np.uint8]], options: BuildOptions
+    ) -> None:
+        """Raise what `build` would raise for such a graph and such options, without writing anything.
+
+        Of the model file, it reads small f32 tensors at most.
+
+        Raises:
+            UnsupportedError: the backend has no way to run an op, or not at this size.
+            OptionError: there is no such target.
+        """
+
+    def storage(self, graph: Graph, activations: str) -> Mapping[str, StoredAs]:
+        """How each weight of a graph, after this backend's passes, is stored and used."""
 
     def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
         """Small files that let other software load the artifact, by name."""

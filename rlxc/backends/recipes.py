@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,8 @@ def packed_rows(weight: Weight, read: ReadBytes, losses: Losses | None = None) -
     """The rows of a weight in its own format, following its recipe.
 
     Args:
-        weight: a matrix ``[out, in]``, or a vector ``[n]``, which counts as ``n`` rows of one element.
+        weight: a matrix ``[out, in]``; experts' matrices ``[E, out, in]``, which count as ``E * out`` rows; or a
+            vector ``[n]``, which counts as ``n`` rows of one element.
         read: gives the bytes of the model file's tensors.
         losses: told what encoding costs.
 
@@ -247,9 +248,9 @@ def _file_rows(weight: Weight, data: Bytes) -> Bytes:
 
 
 def _shape(weight: Weight) -> tuple[int, int]:
-    """Rows and columns; a vector is a column."""
-    rows, columns = (*weight.type.shape, 1)[:2]
-    return int(rows), int(columns)
+    """Rows, those of all experts, and columns; a vector is a column."""
+    *rows, columns = map(int, weight.type.shape)
+    return (prod(rows), columns) if rows else (columns, 1)
 
 
 def _chunks(weight: Weight) -> Iterator[tuple[int, int]]:

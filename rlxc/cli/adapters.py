@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from rlxc.dtypes import WEIGHT_TYPES, DType
+from rlxc.dtypes import ENCODABLE, DType
 from rlxc.passes import LoraMode
 
-_NARROW = [str(dtype) for dtype in WEIGHT_TYPES if dtype is not DType.F32]
+_NARROW = [str(dtype) for dtype in ENCODABLE if dtype is not DType.F32]
 
 Lora = Annotated[
     list[str] | None,
@@ -33,7 +33,7 @@ FoldTo = Annotated[
     str | None,
     typer.Option(
         metavar="FORMAT",
-        help=f"Format of folded matrices: {', '.join(map(str, WEIGHT_TYPES))}.",
+        help=f"Format of folded matrices: {', '.join(map(str, ENCODABLE))}.",
         show_default="each one's own",
     ),
 ]

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 an error that rlxc or the system reports, 2 wrong usage, 1
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from rlxc.artifact import DEFAULT_MAX_RANK, DEFAULT_ROLLBACK, Activations, Backe
 from rlxc.cli.adapters import FoldTo, Lora, LoraModeOption, Quantize, parse_adapters
 from rlxc.cli.bench import bench
 from rlxc.cli.compare import compare, fold_report
+from rlxc.cli.inspecting import inspect
 from rlxc.cli.merge import merge
 from rlxc.cli.models import DEFAULT_CONTEXT, ModelContext, Runnable, Threads, artifact_of
 from rlxc.cli.speculation import Speculate, check_drafter, drafter_of
@@ -32,7 +32,6 @@ from rlxc.cli.terminal import (
     loss_lines,
     megabytes,
     note,
-    outline,
     progress_bars,
     rate,
     show,
@@ -86,7 +85,6 @@ KvCache = Annotated[
     KvCacheType,
     typer.Option("--kv-cache", help="What keys and values are kept as; auto is the backend's choice."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Say on stderr what each pass did, and why not.")]
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens to generate.")]
 Temperature = Annotated[
@@ -357,31 +355,6 @@ def _chat(
             messages.append({"role": "assistant", "content": show(stream).text})
 
 
-@app.command("inspect")
-def _inspect(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A model, an adapter or an artifact.", show_default=False)
-    ],
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Sequences that the size of an artifact's KV cache is for.")
-    ] = 1,
-    context: Annotated[
-        int | None,
-        typer.Option("--context", min=1, help="... and tokens of each.", show_default="all that fit"),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a model, an adapter or an artifact holds.
-
-    \b
-    Example:
-      rlxc inspect gemma-3-270m.gguf
-      rlxc inspect gemma.rlx --batch 8 --context 2048 --json
-    """
-    facts = rlxc.inspect(path, batch=batch, context=context).to_dict()
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(outline(facts)))
-
-
 @app.command("graph")
 def _graph(
     model: Model,
@@ -421,6 +394,7 @@ def _graph(
 
 app.command("bench")(bench)
 app.command("compare")(compare)
+app.command("inspect")(inspect)
 app.command("merge")(merge)
 app.command("tune")(tune)
 

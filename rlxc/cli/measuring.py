@@ -222,7 +222,7 @@ def bytes_per_token(manifest: Manifest) -> int:
     """The weights that decoding a token reads: all, but of a table that is only looked up next to nothing."""
     names = {weight.name for weight in manifest.weights}
     looked_up = {"token_embd.weight"} if "output.weight" in names else set()
-    return sum(weight.nbytes for weight in manifest.weights if weight.name not in looked_up)
+    return sum(weight.stored_bytes for weight in manifest.weights if weight.name not in looked_up)
 
 
 def to_json(report: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
 
 def outline(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """Facts as lines of names and values, nested ones indented, a record in a list on a line of its own."""
-    shown = {_plain(name): value for name, value in facts.items()}
+    shown = {plain(name): value for name, value in facts.items()}
     width = max(map(len, shown), default=0) + 2
     for name, value in shown.items():
         if isinstance(value, Mapping):
@@ -71,17 +71,49 @@ def outline(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
             yield f"{indent}{name}"
             for record in value:
-                yield indent + "  " + ", ".join(f"{key} {_plain(entry)}" for key, entry in record.items())
+                yield indent + "  " + ", ".join(f"{key} {plain(entry)}" for key, entry in record.items())
         else:
-            yield f"{indent}{name:{width}}{_plain(value)}"
+            yield f"{indent}{name:{width}}{plain(value)}"
 
 
-def _plain(value: object) -> str:
+def plain(value: object, longest: int | None = LONGEST_VALUE) -> str:
     """A value from a file on one short line, without anything that a terminal would obey."""
     text = str(value)
     if not text.isprintable():
         text = repr(text)
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table: as the terminal shows it best, or, to a file or a pipe, as lines of aligned words.
+
+    Args:
+        columns: their titles; ``>`` before a title puts its column on the right.
+        rows: the cells, as many in each.
+    """
+    titles = [column.lstrip(">") for column in columns]
+    rights = [column.startswith(">") for column in columns]
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD)
+        for title, right in zip(titles, rights):
+            table.add_column(title, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        Console().print(table)
+        return
+    lines_of = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines_of)]
+    for line in lines_of:
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, rights)
+        )
+        print("  ".join(cells).rstrip())
 
 
 def note(text: str) -> None:

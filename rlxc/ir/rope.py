@@ -1,7 +1,8 @@
 """Rotary position embedding: its parameters and its table of angles.
 
 Sources: Su et al. 2021 (RoFormer); Peng et al. 2023 (YaRN), section 3 for the ramp between interpolated and
-extrapolated frequencies; per-frequency factors as Llama 3.1 files carry them in ``rope_freqs.weight``.
+extrapolated frequencies; Ding et al. 2024 (LongRoPE) for factors of single frequencies, which Llama 3.1's files have,
+too, as ``rope_freqs.weight``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ class Yarn:
 
     original_context: int
     extrapolation: float = 1.0
-    attention: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
@@ -30,7 +30,8 @@ class RopeSpec:
 
     ``dim`` of the head's channels are rotated, the rest passes through. ``interleaved`` pairs channels
     (0, 1), (2, 3), ... (Llama in GGUF); otherwise (0, dim/2), (1, dim/2 + 1), ... (NeoX). ``factor`` > 1 stretches
-    the context: positions are divided by it, or, with ``yarn``, only the low frequencies are.
+    the context: positions are divided by it, or, with ``yarn``, only the low frequencies are. ``attention`` multiplies
+    cosines and sines, besides what YaRN multiplies them with: LongRoPE's correction for long contexts.
     """
 
     theta: float
@@ -38,6 +39,7 @@ class RopeSpec:
     interleaved: bool = False
     factor: float = 1.0
     yarn: Yarn | None = None
+    attention: float = 1.0
 
     def angles(
         self, positions: npt.NDArray[np.int64], factors: npt.NDArray[np.float32] | None = None
@@ -60,9 +62,8 @@ class RopeSpec:
     @property
     def magnitude(self) -> float:
         """What cosines and sines are multiplied with."""
-        if self.yarn is None:
-            return 1.0
-        return self.yarn.attention * (1 + 0.1 * math.log(self.factor) if self.yarn.extrapolation else 1.0)
+        stretched = self.yarn is not None and self.yarn.extrapolation and self.factor > 1
+        return self.attention * (1 + 0.1 * math.log(self.factor) if stretched else 1.0)
 
     def _extrapolated_share(self, yarn: Yarn) -> npt.NDArray[np.float64]:
         def channel_of(rotations: float) -> float:

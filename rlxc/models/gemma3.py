@@ -6,11 +6,11 @@ Source: Gemma Team 2025, "Gemma 3 Technical Report". GGUF stores the norms' weig
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from rlxc.errors import UnsupportedError
-from rlxc.ir import Graph, RopeSpec
-from rlxc.ir.ops import Constant, Gelu, Mul
-from rlxc.models.config import Config, Fields, read_config, read_rope
+from rlxc.ir import Graph
+from rlxc.ir.ops import Gelu
+from rlxc.models.config import Config, Fields, read_config, read_rope, windowed_layers
 from rlxc.models.layers import Builder
 from rlxc.weights.registry import WeightRegistry
 
@@ -22,20 +22,20 @@ def build(fields: Fields, registry: WeightRegistry, vocab: int, context: int) ->
     """The graph of one step."""
     config = read_config(fields, vocab)
     full_rope = read_rope(fields, config, interleaved=False)
-    window_rope = RopeSpec(fields.number("rope.freq_base_swa", 10000.0), full_rope.dim)
+    window_theta = fields.number("rope.freq_base_swa", 10000.0)
+    window_rope = replace(full_rope, theta=window_theta, factor=1.0, yarn=None)
     window = fields.integer("attention.sliding_window", 0, low=0)
-    period = fields.integer("attention.sliding_window_pattern", 6)
-    if fields.has("final_logit_softcapping"):
-        raise UnsupportedError("soft-capped logits are not implemented for gemma3", source=fields.source)
+    windowed = windowed_layers(fields, config.layers, period=6)
+    cap = "final_logit_softcapping"
+    logit_cap = fields.number(cap) if fields.has(cap) else None
     fields.finish()
     score_size = config.hidden // config.heads if config.layers == LAYERS_OF_27B else config.head_dim
 
-    b = Builder("gemma3", config, registry, fields.source)
-    scale = b.emit("embedding_scale", Constant(math.sqrt(config.hidden)))
-    x = b.emit("scaled_embedding", Mul(), b.embed(), scale)
+    b = Builder("gemma3", config, registry, fields)
+    x = b.embed(math.sqrt(config.hidden))
     for i in range(config.layers):
         at, block = f"layers.{i}", f"blk.{i}"
-        local = window > 0 and (i + 1) % period != 0
+        local = window > 0 and windowed[i]
         normed = b.norm(f"{at}.attn_norm", x, f"{block}.attn_norm", config.hidden)
         attended = b.attention(
             i,
@@ -51,4 +51,4 @@ def build(fields: Fields, registry: WeightRegistry, vocab: int, context: int) ->
         gated = b.gated_mlp(i, normed, Gelu())
         gated = b.norm(f"{at}.ffn_post_norm", gated, f"{block}.post_ffw_norm", config.hidden)
         x = b.add(f"{at}.ffn_sum", gated, x)
-    return config, b.finish(x)
+    return config, b.finish(x, soft_cap=logit_cap)

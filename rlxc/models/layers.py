@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Literal
 
 from rlxc.dtypes import DType
-from rlxc.errors import ModelError
 from rlxc.ir import Alias, Graph, Node, RopeSpec, Source, TensorType, Value, Weight
 from rlxc.ir.ops import (
     Add,
     Attention,
     ClampedSwiglu,
+    Constant,
     DequantMatMul,
     Embed,
     ExpertMatMul,
@@ -28,21 +28,26 @@ from rlxc.ir.ops import (
     Route,
     SelectRows,
     Silu,
+    SoftCap,
     Split,
 )
-from rlxc.models.config import Config
+from rlxc.models.config import Config, Fields
 from rlxc.weights.registry import F32, TiedAlias, WeightRegistry
+from rlxc.weights.tensor_problems import TensorProblems
 
 
 class Builder:
     """Emits the nodes of one model and checks each tensor's presence and shape as it is used."""
 
-    def __init__(self, architecture: str, config: Config, registry: WeightRegistry, source: object) -> None:
-        self.config, self.registry, self.source = config, registry, source
+    def __init__(self, architecture: str, config: Config, registry: WeightRegistry, fields: Fields) -> None:
+        self.config, self.registry = config, registry
+        self._problems = fields.problems
+        self._wrong = TensorProblems(fields.source, "the metadata", f"a {architecture} model")
         self.graph = Graph(architecture, (), (), (), ())
         self._inputs: list[Value] = []
         self._nodes: list[Node] = []
         self._weights: dict[str, Weight] = {}
+        self._left_out: set[str] = set()
         self._presents: list[str] = []
         self.ids = self._input("input_ids", DType.I64, "batch", "seq")
         self.rows = self._input("logit_rows", DType.I64, "rows")
@@ -63,35 +68,44 @@ class Builder:
     def weight(self, key: str, *shape: int) -> str:
         """Use a tensor of the file, which must have this shape ``[out, in]`` or ``[n]``.
 
-        Raises:
-            ModelError: it is missing, or has another shape.
+        If it does not, that is one more problem of the model, and the graph goes on as if it did.
         """
         if key not in self._weights:
-            if not self.has(key):
-                raise ModelError(
-                    f"tensor {key} is missing", source=self.source, remedy="the file is not a whole model"
-                )
-            found = self.registry.resolve(key)
-            if found.shape != shape:
-                raise ModelError(
-                    f"tensor {key} has shape {list(found.shape)}, the metadata asks for {list(shape)}",
-                    source=self.source,
-                )
-            kind = self.registry.kind(key)
-            recipe = Alias(kind.target) if isinstance(kind, TiedAlias) else Source(key)
-            if isinstance(kind, TiedAlias):
-                self.weight(kind.target, *shape)
-            dtype = DType.F32 if isinstance(found, F32) else found.scheme
-            self._weights[key] = Weight(key, TensorType(dtype, shape), recipe)
+            self._weights[key] = self._checked(key, shape)
         return key
 
+    def _checked(self, key: str, shape: tuple[int, ...]) -> Weight:
+        if not self.has(key):
+            self._wrong.missing(key)
+            return Weight(key, TensorType(DType.F32, shape), Source(key))
+        kind, found = self.registry.kind(key), self.registry.resolve(key)
+        if isinstance(kind, TiedAlias):
+            target = self._weights[self.weight(kind.target, *shape)]
+            return Weight(key, target.type, Alias(target.name))
+        if found.shape != shape:
+            self._wrong.misshapen(key, found.shape, shape)
+            return Weight(key, TensorType(DType.F32, shape), Source(key))
+        return Weight(
+            key, TensorType(DType.F32 if isinstance(found, F32) else found.scheme, shape), Source(key)
+        )
+
     def linear(self, name: str, x: str, key: str, out: int, in_: int) -> str:
-        """``x W^T``, plus the bias where the file has one; ``key`` is the tensors' name without ``.weight``."""
-        inputs = [x, self.weight(f"{key}.weight", out, in_)]
-        if self.has(f"{key}.bias"):
-            inputs.append(self.weight(f"{key}.bias", out))
-        packed = self._weights[inputs[1]].type.dtype.is_packed
-        return self.emit(name, DequantMatMul() if packed else MatMul(), *inputs)
+        """``x W^T``, times the scale and plus the bias where the file has them.
+
+        ``key`` is the tensors' name without ``.weight``. NVFP4 files have a scale of each matrix, and one of its
+        input, which is for rounding that to NVFP4, too: nothing that happens here.
+        """
+        weight = self.weight(f"{key}.weight", out, in_)
+        bias = (self.weight(f"{key}.bias", out),) if self.has(f"{key}.bias") else ()
+        packed = self._weights[weight].type.dtype.is_packed
+        op = DequantMatMul() if packed else MatMul()
+        self._left_out.add(f"{key}.input_scale")
+        if not self.has(f"{key}.scale"):
+            return self.emit(name, op, x, weight, *bias)
+        product = self.emit(f"{name}.unscaled", op, x, weight)
+        scaled = f"{name}.unbiased" if bias else name
+        self.emit(scaled, Mul(), product, self.weight(f"{key}.scale", 1))
+        return self.emit(name, Add(), scaled, *bias) if bias else scaled
 
     def norm(self, name: str, x: str, key: str, size: int, heads: int = 1) -> str:
         """RMS norm over ``size`` channels, once or for each of ``heads``."""
@@ -104,16 +118,38 @@ class Builder:
             inputs.append(self.weight(f"{key}.bias", size))
         return self.emit(name, LayerNorm(self.config.eps), *inputs)
 
-    def embed(self) -> str:
-        """The embedding of this step's tokens."""
+    def embed(self, scale: float = 1.0) -> str:
+        """The embedding of this step's tokens, times ``scale``."""
         table = self.weight("token_embd.weight", self.config.vocab, self.config.hidden)
-        return self.emit("embedding", Embed(), self.ids, table)
+        return self.scaled("scaled_embedding", self.emit("embedding", Embed(), self.ids, table), scale)
+
+    def scaled(self, name: str, x: str, factor: float) -> str:
+        """``x`` times a constant; itself where that is 1."""
+        if factor == 1:
+            return x
+        return self.emit(name, Mul(), x, self.emit(f"{name}_factor", Constant(factor)))
+
+    def rope_factors(self, rope: RopeSpec, original: int, context: int) -> tuple[str, ...]:
+        """The tensor whose elements divide the frequencies of ``rope``, if the file has one.
+
+        Llama 3.1's ``rope_freqs`` is for any context. LongRoPE has one set for contexts as long as the ``original``
+        one, and one for longer ones: the context that the graph is built for decides, so that keys in a cache stay
+        comparable. Source: Ding et al. 2024.
+        """
+        if self.has("rope_freqs.weight"):
+            return (self.weight("rope_freqs.weight", rope.dim // 2),)
+        kinds = ("long", "short") if context > original else ("short", "long")
+        taken, other = (f"rope_factors_{kind}.weight" for kind in kinds)
+        if not self.has(taken) and not self.has(other):
+            return ()
+        self._left_out.add(other)
+        return (self.weight(taken, rope.dim // 2),)
 
     def attention(
         self,
         layer: int,
         x: str,
-        rope: RopeSpec,
+        rope: RopeSpec | None,
         *,
         scale: float,
         window: int | None = None,
@@ -125,7 +161,8 @@ class Builder:
         """Self-attention of one layer, from its normed input to the output projection.
 
         Queries, keys and values are projected by one matrix where the file has ``attn_qkv``. ``qk_norm`` normalises
-        queries and keys before they are rotated, each head by itself or all of them as a whole.
+        queries and keys before they are rotated, each head by itself or all of them as a whole. Without ``rope`` they
+        are not rotated.
         """
         c, at, block = self.config, f"layers.{layer}", f"blk.{layer}"
         q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -137,9 +174,10 @@ class Builder:
         cache = ("batch", c.kv_heads, "past", c.head_dim)
         past_key = self._input(f"past_key_values.{layer}.key", DType.F32, *cache)
         past_value = self._input(f"past_key_values.{layer}.value", DType.F32, *cache)
-        positions = self.emit(f"{at}.positions", Positions(), self.ids, past_key)
-        q = self.emit(f"{at}.q_rope", Rope(c.heads, rope), q, positions, *factors)
-        k = self.emit(f"{at}.k_rope", Rope(c.kv_heads, rope), k, positions, *factors)
+        if rope is not None:
+            positions = self.emit(f"{at}.positions", Positions(), self.ids, past_key)
+            q = self.emit(f"{at}.q_rope", Rope(c.heads, rope), q, positions, *factors)
+            k = self.emit(f"{at}.k_rope", Rope(c.kv_heads, rope), k, positions, *factors)
         keys = self.emit(f"present.{layer}.key", KvAppend(), past_key, k)
         values = self.emit(f"present.{layer}.value", KvAppend(), past_value, v)
         self._presents += [keys, values]
@@ -215,27 +253,30 @@ class Builder:
         down = product("expert_down", gated, "ffn_down", c.hidden, ffn)
         return self.emit(f"{at}.mixed", MixExperts(), down, weights)
 
-    def add(self, name: str, x: str, residual: str) -> str:
-        """The residual sum."""
-        return self.emit(name, Add(), x, residual)
+    def add(self, name: str, x: str, residual: str, scale: float = 1.0) -> str:
+        """The residual sum ``scale * x + residual``."""
+        return self.emit(name, Add(), self.scaled(f"{name}_scaled", x, scale), residual)
 
-    def finish(self, x: str) -> Graph:
-        """Final norm and logits of the wanted rows; checks that every tensor of the file was used.
+    def finish(
+        self, x: str, *, layer_norm: bool = False, scale: float = 1.0, soft_cap: float | None = None
+    ) -> Graph:
+        """Final norm and logits of the wanted rows, times ``scale``, soft-capped.
 
-        Raises:
-            ModelError: naming the first tensors that the architecture has no use for.
+        Takes note of tensors that were not used, and of all that is wrong with others.
         """
         c = self.config
         rows = self.emit("last", SelectRows(), x, self.rows)
-        normed = self.norm("output_norm", rows, "output_norm", c.hidden)
-        logits = self.linear("logits", normed, "output", c.vocab, c.hidden)
-        surplus = sorted(set(self.registry) - set(self._weights))
-        if surplus:
-            raise ModelError(
-                f"{len(surplus)} tensors have no place in a {self.graph.name} model: {', '.join(surplus[:3])}",
-                source=self.source,
-                remedy="dropping them could change the result",
-            )
+        norm = self.layer_norm if layer_norm else self.norm
+        normed = norm("output_norm", rows, "output_norm", c.hidden)
+        # Before the product, whose rows are many more.
+        normed = self.scaled("scaled_output_norm", normed, scale)
+        logits = self.linear("logits" if soft_cap is None else "scores", normed, "output", c.vocab, c.hidden)
+        if soft_cap is not None:
+            logits = self.emit("logits", SoftCap(soft_cap), logits)
+        for key in self.registry:
+            if key not in self._weights and key not in self._left_out:
+                self._wrong.surplus(key)
+        self._wrong.report(self._problems)
         return replace(
             self.graph,
             inputs=tuple(self._inputs),

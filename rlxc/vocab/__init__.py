@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlxc.vocab.build import TokenizerFiles, build_tokenizer
+from rlxc.vocab.checking import check_tokenizer
 from rlxc.vocab.huggingface import build_tokenizer_from_folder
 from rlxc.vocab.templates import DEFAULT_TEMPLATES
 
@@ -15,6 +16,7 @@ __all__ = [
     "TokenizerFiles",
     "build_tokenizer",
     "build_tokenizer_from_folder",
+    "check_tokenizer",
     "tokenizer_of",
 ]
 

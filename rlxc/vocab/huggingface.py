@@ -17,7 +17,8 @@ from typing import Any
 import tokenizers
 
 from rlxc.errors import FormatError, ModelError, UnsupportedError
-from rlxc.vocab.build import END_TEXTS, TokenizerFiles
+from rlxc.vocab.build import TokenizerFiles
+from rlxc.vocab.keys import END_TEXTS
 from rlxc.vocab.templates import DEFAULT_TEMPLATES
 
 _TOKENIZER, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"

@@ -36,15 +36,19 @@ _MAP_TOLERANCE = 1e-6
 """Of values up to 1: maps come in f32, some computed and some written out. Any other map is 1e-3 off somewhere."""
 
 
-def read_quantization(config: Keys | None) -> DType | None:
-    """The format that ``quantization_config`` promises for linear layers; None if they are not packed.
+def read_quantization(config: Keys | None, architecture: str) -> DType | None:
+    """The format that ``quantization_config`` promises: of linear layers, or of gpt-oss's experts; None for floats.
 
     Raises:
-        UnsupportedError: another way to quantise than bitsandbytes' 4 bits.
+        UnsupportedError: another way to quantise than bitsandbytes' 4 bits, or MXFP4 in gpt-oss.
         ModelError: a key of the wrong type.
     """
     if config is None:
         return None
+    if architecture == "gpt-oss":
+        config.only("quant_method", "mxfp4")
+        config.finish(("modules_to_not_convert",))  # the tensors say so too
+        return DType.MXFP4
     config.only("quant_method", "bitsandbytes")
     for key in ("load_in_8bit", "_load_in_8bit"):
         if config.flag(key, False):

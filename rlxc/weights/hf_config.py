@@ -1,12 +1,12 @@
 """A Hugging Face ``config.json``, translated to the metadata that a GGUF file of the same model has.
 
-Every key is either translated, or known not to change the arithmetic, or refused by name. Meanings and defaults:
-Transformers' ``configuration_*.py`` of each model type.
+Every key is either translated, or known not to change the arithmetic, or refused by name: those that all models have
+here, those of one kind of model in `rlxc.weights.hf_families`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from rlxc.dtypes import DType
 from rlxc.errors import UnsupportedError
 from rlxc.weights.gguf_header import MetaValue
 from rlxc.weights.hf_bnb import read_quantization
+from rlxc.weights.hf_families import FAMILIES, Family
 from rlxc.weights.hf_keys import Keys
-from rlxc.weights.hf_rope import Rope, gemma3_rope, llama_rope
+from rlxc.weights.hf_parts import Shapes, Sizes, Traits
 
 _HARMLESS = frozenset(
     """
@@ -41,26 +42,6 @@ into pieces; ``auto_map`` names code for a class that Transformers has of its ow
 
 
 @dataclass(frozen=True)
-class _Family:
-    """What a ``model_type`` stands for, and the defaults of its class in Transformers."""
-
-    architecture: str
-    causal_lm: str
-    context: int
-    kv_heads: int | None  # None: as many as there are heads
-    tied: bool
-
-
-_FAMILIES = {
-    "llama": _Family("llama", "LlamaForCausalLM", 2048, None, False),
-    "mistral": _Family("llama", "MistralForCausalLM", 131072, 8, False),
-    "gemma3_text": _Family("gemma3", "Gemma3ForCausalLM", 131072, 4, True),
-}
-_GEMMA3_27B_LAYERS = 62
-"""The GGUF of no other Gemma 3 scales scores by other than the head dim; see `rlxc.models.gemma3`."""
-
-
-@dataclass(frozen=True)
 class HfConfig:
     """A model as its ``config.json`` describes it.
 
@@ -69,8 +50,8 @@ class HfConfig:
         metadata: GGUF's keys and values.
         heads: number of query heads; ``kv_heads`` of those that they share.
         tied: the embedding is the output matrix as well.
-        rope_factors: what ``rope_freqs.weight`` holds, f32 ``[head_dim / 2]``, if frequencies are scaled one by one.
-        four_bit: NF4 or FP4 if bitsandbytes packed the linear layers.
+        rope_factors: tensors of factors that frequencies are divided by, f32 ``[n]``, by GGUF name.
+        packing: NF4 or FP4 if bitsandbytes packed the linear layers; MXFP4 if that is what experts are in.
         shapes: the shape of each tensor that the folder must hold, by GGUF name.
     """
 
@@ -79,21 +60,9 @@ class HfConfig:
     heads: int
     kv_heads: int
     tied: bool
-    rope_factors: npt.NDArray[np.float32] | None
-    four_bit: DType | None
-    shapes: dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
+    rope_factors: Mapping[str, npt.NDArray[np.float32]]
+    packing: DType | None
+    shapes: Shapes
 
 
 def read_config(values: dict[str, object], source: Path) -> HfConfig:
@@ -110,13 +79,11 @@ def read_config(values: dict[str, object], source: Path) -> HfConfig:
     config = Keys(values, source)
     family = _family(config)
     sizes = _sizes(config, family)
-    gemma = family.architecture == "gemma3"
-    rope = (gemma3_rope if gemma else llama_rope)(config, sizes.head_dim, sizes.context)
-    own = _gemma3(config, sizes) if gemma else _llama(config, sizes)
+    traits = family.read(config, sizes)
+    eps_key, eps, eps_name = family.eps
+    metadata = {eps_name: config.number(eps_key, eps), **traits.rope.metadata, **traits.metadata}
     tied = config.flag("tie_word_embeddings", family.tied)
-    attention_bias = config.flag("attention_bias", False)
-    mlp_bias = not gemma and config.flag("mlp_bias", False)
-    four_bit = read_quantization(config.group("quantization_config"))
+    packing = read_quantization(config.group("quantization_config"), family.architecture)
     for key in (
         "add_cross_attention",
         "is_encoder_decoder",
@@ -125,22 +92,20 @@ def read_config(values: dict[str, object], source: Path) -> HfConfig:
     ):
         config.only(key, False)
     config.only("pruned_heads", {})
-    config.finish(_HARMLESS)
-    shapes = dict(_linear(sizes, attention_bias, mlp_bias))
-    shapes |= dict(_others(sizes, gemma, tied))
+    config.finish(_HARMLESS | family.harmless)
     return HfConfig(
         architecture=family.architecture,
-        metadata=_metadata(family.architecture, sizes, rope, own),
+        metadata=_metadata(family.architecture, sizes, metadata),
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
         tied=tied,
-        rope_factors=rope.factors,
-        four_bit=four_bit,
-        shapes=shapes,
+        rope_factors=traits.rope.factors,
+        packing=packing,
+        shapes=_shapes(sizes, traits, tied),
     )
 
 
-def _family(config: Keys) -> _Family:
+def _family(config: Keys) -> Family:
     if config.has("vision_config") or config.has("text_config"):
         raise UnsupportedError(
             "a model of text and images is not supported",
@@ -148,28 +113,27 @@ def _family(config: Keys) -> _Family:
             remedy="save its language model alone, or use its GGUF file, which holds only that",
         )
     kind = config.text("model_type")
-    family = _FAMILIES.get(kind)
+    family = FAMILIES.get(kind)
     if family is None:
-        raise config.unsupported("model_type", f"known: {', '.join(_FAMILIES)}")
+        raise config.unsupported("model_type", f"known: {', '.join(FAMILIES)}")
     classes = config.texts("architectures")
     if classes not in (None, [family.causal_lm]):
         raise config.unsupported("architectures", f"known for {kind}: {family.causal_lm}")
     return family
 
 
-def _sizes(config: Keys, family: _Family) -> _Sizes:
+def _sizes(config: Keys, family: Family) -> Sizes:
     hidden = config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
     # A key that is null, unlike one that is absent, means as many as there are heads.
     kv_heads = heads if "num_key_value_heads" in config.values else family.kv_heads or heads
-    usual_dim = 256 if family.architecture == "gemma3" else max(1, hidden // heads)
-    sizes = _Sizes(
+    sizes = Sizes(
         layers=config.integer("num_hidden_layers", high=4096),
         hidden=hidden,
         ffn=config.integer("intermediate_size"),
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", kv_heads),
-        head_dim=config.integer("head_dim", usual_dim),
+        head_dim=config.integer("head_dim", family.head_dim or max(1, hidden // heads)),
         vocab=config.integer("vocab_size"),
         context=config.integer("max_position_embeddings", family.context),
     )
@@ -178,64 +142,7 @@ def _sizes(config: Keys, family: _Family) -> _Sizes:
     return sizes
 
 
-def _llama(config: Keys, sizes: _Sizes) -> dict[str, MetaValue]:
-    config.only("hidden_act", "silu", "swish")
-    default = 4096 if config.values["model_type"] == "mistral" else None
-    window = config.values.get("sliding_window", default)
-    if window is not None and config.integer("sliding_window", default) < sizes.context:
-        raise UnsupportedError(
-            f"sliding_window = {window} is not implemented for this architecture",
-            source=config.source,
-            remedy=f"only models that see all of their {sizes.context} positions are",
-        )
-    if set(config.texts("layer_types") or ()) - {"full_attention"}:
-        raise config.unsupported("layer_types", "only full_attention is, for this architecture")
-    return {"attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6)}
-
-
-def _gemma3(config: Keys, sizes: _Sizes) -> dict[str, MetaValue]:
-    config.only("hidden_activation", "gelu_pytorch_tanh")
-    config.only("hidden_act", "gelu_pytorch_tanh")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if config.has(key):
-            raise config.unsupported(key, "models without soft-capping are")
-    scaled_by = config.number("query_pre_attn_scalar", 256.0)
-    score_size = sizes.hidden // sizes.heads if sizes.layers == _GEMMA3_27B_LAYERS else sizes.head_dim
-    if scaled_by != score_size:
-        raise config.unsupported("query_pre_attn_scalar", f"for a model of these sizes, {score_size} is")
-    return {
-        "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6),
-        **_sliding_window(config, sizes.layers),
-    }
-
-
-def _sliding_window(config: Keys, layers: int) -> dict[str, MetaValue]:
-    """The window, and of how many layers the last is a full one; an empty pattern is written as no window."""
-    # Transformers 4.5x wrote the second.
-    pattern = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
-    kinds = config.texts("layer_types")
-    if kinds is None:
-        full = [(i + 1) % pattern == 0 for i in range(layers)]
-    else:
-        if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-            raise config.error("layer_types", f"must say full_attention or sliding_attention {layers} times")
-        full = [kind == "full_attention" for kind in kinds]
-    window = config.values.get("sliding_window", 4096)
-    if window is not None:
-        window = config.integer("sliding_window", 4096)
-    if all(full):
-        return {"attention.sliding_window": 0}
-    if window is None:
-        raise config.unsupported("sliding_window", "a number is, for a model with sliding-window layers")
-    for period in (pattern, *range(2, layers + 2)):
-        if full == [(i + 1) % period == 0 for i in range(layers)]:
-            return {"attention.sliding_window": window, "attention.sliding_window_pattern": period}
-    raise config.unsupported("layer_types", "one full layer after every so many others is")
-
-
-def _metadata(
-    architecture: str, sizes: _Sizes, rope: Rope, own: dict[str, MetaValue]
-) -> dict[str, MetaValue]:
+def _metadata(architecture: str, sizes: Sizes, own: Mapping[str, MetaValue]) -> dict[str, MetaValue]:
     keys: dict[str, MetaValue] = {
         "vocab_size": sizes.vocab,
         "context_length": sizes.context,
@@ -246,42 +153,19 @@ def _metadata(
         "attention.head_count_kv": sizes.kv_heads,
         "attention.key_length": sizes.head_dim,
         "attention.value_length": sizes.head_dim,
-        "rope.dimension_count": sizes.head_dim,
-        **rope.metadata,
         **own,
     }
     return {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
 
 
-def _linear(sizes: _Sizes, attention_bias: bool, mlp_bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The linear layers of every block, and their biases."""
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    layers = (
-        ("attn_q", queries, sizes.hidden, attention_bias),
-        ("attn_k", keys, sizes.hidden, attention_bias),
-        ("attn_v", keys, sizes.hidden, attention_bias),
-        ("attn_output", sizes.hidden, queries, attention_bias),
-        ("ffn_gate", sizes.ffn, sizes.hidden, mlp_bias),
-        ("ffn_up", sizes.ffn, sizes.hidden, mlp_bias),
-        ("ffn_down", sizes.hidden, sizes.ffn, mlp_bias),
-    )
+def _shapes(sizes: Sizes, traits: Traits, tied: bool) -> Shapes:
+    """Every tensor."""
+    shapes: Shapes = {"token_embd.weight": (sizes.vocab, sizes.hidden)}
     for i in range(sizes.layers):
-        for name, out, in_, bias in layers:
-            yield f"blk.{i}.{name}.weight", (out, in_)
-            if bias:
-                yield f"blk.{i}.{name}.bias", (out,)
-
-
-def _others(sizes: _Sizes, gemma: bool, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The embedding, the output, and the norms."""
-    yield "token_embd.weight", (sizes.vocab, sizes.hidden)
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in traits.layer.items()}
+    shapes["output_norm.weight"] = (sizes.hidden,)
+    if traits.norm_bias:
+        shapes["output_norm.bias"] = (sizes.hidden,)
     if not tied:
-        yield "output.weight", (sizes.vocab, sizes.hidden)
-    yield "output_norm.weight", (sizes.hidden,)
-    norms = {"attn_norm": sizes.hidden, "ffn_norm": sizes.hidden}
-    if gemma:
-        norms |= {"attn_q_norm": sizes.head_dim, "attn_k_norm": sizes.head_dim}
-        norms |= {"post_attention_norm": sizes.hidden, "post_ffw_norm": sizes.hidden}
-    for i in range(sizes.layers):
-        for name, size in norms.items():
-            yield f"blk.{i}.{name}.weight", (size,)
+        shapes["output.weight"] = (sizes.vocab, sizes.hidden)
+    return shapes

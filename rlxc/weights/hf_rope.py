@@ -164,13 +164,15 @@ class _Reader:
         return Rope({**basic, **rope.metadata}, rope.factors)
 
     def _theta(self, scaling: Keys | None, key: str) -> float:
-        theta = self.config.number(key, self.kind.theta)
-        if scaling is None or not scaling.has("rope_theta"):
-            return theta
-        inner = scaling.number("rope_theta")
-        if self.config.has(key) and inner != theta:
-            raise scaling.error("rope_theta", f"is {inner}, but {key} is {theta}")
-        return inner
+        keys, theta = self.config, self.config.number(key, self.kind.theta)
+        if scaling is not None and scaling.has("rope_theta"):
+            inner = scaling.number("rope_theta")
+            if self.config.has(key) and inner != theta:
+                raise scaling.error("rope_theta", f"is {inner}, but {key} is {theta}")
+            keys, key, theta = scaling, "rope_theta", inner
+        if theta <= 1:
+            raise keys.error(key, f"is {theta}, not more than 1")
+        return theta
 
     def _dim(self, scaling: Keys | None) -> int:
         """Channels of a head that are rotated."""
@@ -181,7 +183,9 @@ class _Reader:
             share = keys.number(key, share)
         dim = int(self.head_dim * share)
         if share > 1 or dim < 2 or dim % 2:
-            raise self.config.error(key, f"rotates {dim} channels of {self.head_dim}, not an even part of them")
+            raise self.config.error(
+                key, f"rotates {dim} channels of {self.head_dim}, not an even part of them"
+            )
         return dim
 
     def _original(self, scaling: Keys, outer: int) -> int:
@@ -228,7 +232,9 @@ class _Reader:
         magnitude = 1.0
         if factor > 1:
             if original < 2:
-                raise scaling.error("original_max_position_embeddings", f"is {original}, too short to stretch")
+                raise scaling.error(
+                    "original_max_position_embeddings", f"is {original}, too short to stretch"
+                )
             magnitude = math.sqrt(1 + math.log(factor) / math.log(original))
         return Rope(
             {
@@ -262,17 +268,18 @@ def _llama3_factors(scaling: Keys, theta: float, dim: int, original: int) -> Flo
         raise scaling.error("high_freq_factor", f"is {high}, not more than low_freq_factor, {low}")
     turns = original / (2 * math.pi) * theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
+    factors: Floats = (1 / ((1 - kept) / factor + kept)).astype(np.float32)
+    return factors
 
 
-def _yarn_factors(
-    factor: float, fast: float, slow: float, theta: float, dim: int, original: int
-) -> Floats:
+def _yarn_factors(factor: float, fast: float, slow: float, theta: float, dim: int, original: int) -> Floats:
     """As `_llama3_factors`, with YaRN's ramp, which is one over channels."""
 
     def channel_of(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        wavelength = math.log(original) - math.log(turns) - math.log(2 * math.pi)
+        return dim * wavelength / (2 * math.log(theta))
 
     low, high = max(channel_of(fast), 0.0), min(channel_of(slow), dim - 1.0)
     slowed = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 1e-3), 0, 1)
-    return (1 / (slowed / factor + 1 - slowed)).astype(np.float32)
+    factors: Floats = (1 / (slowed / factor + 1 - slowed)).astype(np.float32)
+    return factors

@@ -1,8 +1,8 @@
 """Hugging Face folders, read as if they were GGUF files: ``config.json`` and safetensors.
 
 Tensors are translated as they are asked for: names, Llama's order of rows in q and k, Gemma's ``1 +`` in norms, f32
-for everything of one dimension. Matrices are borrowed from the mapping as they are, unless their rows are permuted
-or bitsandbytes packed them.
+for everything of one dimension and all biases, experts in one tensor. Matrices are borrowed from the mapping as they
+are, unless their rows are permuted, bitsandbytes packed them, or they are of experts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -25,9 +26,10 @@ from rlxc.errors import FormatError, ModelError, Problems, RlxcError, Unsupporte
 from rlxc.weights.files import MappedFile, parse_json, read_bytes
 from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf_header import MetaValue, quote
-from rlxc.weights.hf_bnb import FourBitWeight, open_four_bit
+from rlxc.weights.hf_bnb import open_four_bit
 from rlxc.weights.hf_config import HfConfig, read_config
-from rlxc.weights.names import adds_one, gguf_rows, to_huggingface
+from rlxc.weights.hf_gpt_oss import PLACES, Place, expert_blocks, expert_floats, packed_shapes, stored_shape
+from rlxc.weights.names import adds_one, gguf_rows, layer_of, to_huggingface
 from rlxc.weights.safetensors import SafetensorsFile, Tensor
 from rlxc.weights.tensor_problems import TensorProblems
 
@@ -44,7 +46,6 @@ _FINGERPRINTED = (
 """Besides the weights, everything that decides what is compiled."""
 
 _TABLE, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_ROPE_FACTORS = "rope_freqs.weight"
 _FLOATS = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 # The frequencies of rotary embedding follow from the configuration; old files have them as well.
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb(_local)?\.inv_freq")
@@ -55,7 +56,11 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A tensor as GGUF would have it; ``source`` is its name in the folder, empty if it was computed."""
+    """A tensor as GGUF would have it.
+
+    ``source`` is its name in the folder, empty if it was computed, with a ``*`` for the number of an expert if it is of
+    several tensors.
+    """
 
     name: str
     dtype: DType
@@ -225,6 +230,14 @@ def _open_shards(path: Path) -> list[SafetensorsFile]:
     return shards
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of the folder: its type in GGUF, and what gives its bytes."""
+
+    dtype: DType
+    read: Callable[[], Bytes]
+
+
 class _Translation:
     """Finds each tensor that the configuration asks for, and makes sure that none is left."""
 
@@ -235,74 +248,141 @@ class _Translation:
         self.readers: dict[str, Callable[[], Bytes]] = {}
         self._used: set[str] = set()
         self._wrong = TensorProblems(path, _CONFIG, f"the model that {_CONFIG} describes")
-        problems = Problems()
+        self._problems = Problems()
         for name, shape in config.shapes.items():
-            source = to_huggingface(config.architecture, name)
-            assert source is not None  # the configuration asks for nothing else
-            try:
-                self._add(name, shape, source)
-            except RlxcError as error:  # about the parts that it is packed in
-                problems.add(error)
-                self._used.update(part for part in self.files if part.startswith(f"{source}."))
-        if config.rope_factors is not None:
-            factors = np.ascontiguousarray(config.rope_factors, "<f4").view(np.uint8)
-            info = HfTensor(_ROPE_FACTORS, DType.F32, config.rope_factors.shape, factors.nbytes, "")
-            self._put(info, factors.copy)
+            self._add(name, shape)
+        for name, values in config.rope_factors.items():
+            factors = np.ascontiguousarray(values, "<f4").view(np.uint8)
+            self._put(HfTensor(name, DType.F32, values.shape, factors.nbytes, ""), factors.copy)
         self._used.update(filter(_DERIVED.fullmatch, self.files))
         if config.tied:
             self._used.add(_OUTPUT)
         for source in sorted(self.files.keys() - self._used):
             self._wrong.surplus(source)
-        self._wrong.report(problems)
-        if problems.found:
-            raise problems.error()
+        self._wrong.report(self._problems)
+        if self._problems.found:
+            raise self._problems.error()
         if config.tied:
             self._check_tied_output()
 
-    def _add(self, name: str, shape: tuple[int, ...], source: str) -> None:
-        self._used.add(source)
-        if source not in self.files:
-            self._wrong.missing(source)
+    def _add(self, name: str, shape: tuple[int, ...]) -> None:
+        if self.config.architecture == "gpt-oss" and (place := PLACES.get(name.split(".", 2)[-1])):
+            self._add_of_gpt_oss(name, shape, place)
             return
-        four_bit = self.config.four_bit if len(shape) == 2 else None
-        packed = open_four_bit(self.files, source, four_bit, shape) if four_bit else None
-        self._used.update(packed.parts if packed else ())
-        dtype = packed.dtype if packed else self._plain(source, shape)
+        source = to_huggingface(self.config.architecture, name)
+        assert source is not None  # the configuration asks for nothing else
+        if len(shape) == 1:
+            if self._plain(source, shape) is not None:
+                self._put_floats(name, shape, source, partial(self._vector, name, source))
+            return
+        experts = [source.replace("*", str(i)) for i in range(shape[0])] if "*" in source else [source]
+        matrices = [self._matrix(name, one, shape[-2:]) for one in experts]
+        found = [matrix for matrix in matrices if matrix is not None]
+        if len(found) < len(experts):
+            return
+        dtype = found[0].dtype
+        for one, matrix in zip(experts, found):
+            if matrix.dtype is not dtype:
+                problem = f"{matrix.dtype}, but the layer's first expert is {dtype}"
+                self._wrong.add(one, f"is {problem}", f"are {problem}")
+        nbytes = prod(shape[:-1]) * FORMATS[dtype].row_bytes(shape[-1])
+        read = found[0].read if len(found) == 1 else partial(_joined, found)
+        self._put(HfTensor(name, dtype, shape, nbytes, source), read)
+
+    def _add_of_gpt_oss(self, name: str, shape: tuple[int, ...], place: Place) -> None:
+        source = f"model.layers.{layer_of(name)}.{place.name}"
+        if len(shape) == 3 and self.config.packing is DType.MXFP4 and source not in self.files:
+            count, out, in_ = shape
+            parts = {source + end: stored for end, stored in packed_shapes((count, out, in_), place).items()}
+            sound = [self._is_sound(part, stored, "U8") for part, stored in parts.items()]
+            if all(sound):
+                nbytes = count * out * FORMATS[DType.MXFP4].row_bytes(in_)
+                read = partial(self._blocks, parts, place)
+                self._put(HfTensor(name, DType.MXFP4, shape, nbytes, source), read)
+            return
+        stored = stored_shape(shape, place)
+        dtype = self._plain(source, stored)
         if dtype is None:
             return
-        if len(shape) == 1:
-            self._put(HfTensor(name, DType.F32, shape, 4 * shape[0], source), partial(self._vector, name))
+        if len(shape) < 3:
+            self._put_floats(name, shape, source, partial(self._floats, source, place))
             return
-        nbytes = shape[0] * FORMATS[dtype].row_bytes(shape[1])
-        self._put(HfTensor(name, dtype, shape, nbytes, source), partial(self._matrix, name, packed))
+        size = FORMATS[dtype].block_bytes
+        read = partial(self._experts, source, (*stored, size), place)
+        self._put(HfTensor(name, dtype, shape, prod(shape) * size, source), read)
+
+    def _put_floats(
+        self, name: str, shape: tuple[int, ...], source: str, reader: Callable[[], Bytes]
+    ) -> None:
+        self._put(HfTensor(name, DType.F32, shape, 4 * prod(shape), source), reader)
 
     def _put(self, info: HfTensor, reader: Callable[[], Bytes]) -> None:
         self.infos[info.name], self.readers[info.name] = info, reader
 
-    def _plain(self, source: str, shape: tuple[int, ...]) -> DType | None:
-        """The type of a tensor of floats; None if it is none, or of another shape."""
-        found = self.files[source].tensors[source]
-        if found.dtype not in _FLOATS:
-            problem = f"element type {found.dtype}"
-            remedy = f"supported: {', '.join(_FLOATS)}, and bitsandbytes' 4 bits"
-            self._wrong.add(source, f"has {problem}", f"have {problem}", remedy, UnsupportedError)
+    def _matrix(self, name: str, source: str, shape: tuple[int, ...]) -> _Matrix | None:
+        """One matrix of the folder, the whole of ``name`` or one expert's; None if something is wrong with it."""
+        packing = self.config.packing
+        if source in self.files and packing in (DType.NF4, DType.FP4):
+            try:
+                packed = open_four_bit(self.files, source, packing, shape)
+            except RlxcError as error:  # about the parts that it is packed in
+                self._problems.add(error)
+                self._used.update(part for part in self.files if f"{part}.".startswith(f"{source}."))
+                return None
+            if packed is not None:
+                self._used.update(packed.parts)
+                return _Matrix(packed.dtype, lambda: self._in_order(name, packed.rows()).reshape(-1))
+        dtype = self._plain(source, shape)
+        if dtype is None:
             return None
+        rows = shape[0]
+        return _Matrix(
+            dtype,
+            lambda: self._in_order(name, self.files[source].data(source).reshape(rows, -1)).reshape(-1),
+        )
+
+    def _plain(self, source: str, shape: tuple[int, ...]) -> DType | None:
+        """The type of a tensor of floats; None if there is none, or it is of another type or shape."""
+        return (
+            _FLOATS[self.files[source].tensors[source].dtype]
+            if self._is_sound(source, shape, *_FLOATS)
+            else None
+        )
+
+    def _is_sound(self, source: str, shape: tuple[int, ...], *dtypes: str) -> bool:
+        """Whether there is a tensor of one of these types and of this shape; if not, that is one more problem."""
+        self._used.add(source)
+        if source not in self.files:
+            self._wrong.missing(source)
+            return False
+        found = self.files[source].tensors[source]
+        if found.dtype not in dtypes:
+            problem = f"element type {found.dtype}"
+            others = ", and bitsandbytes' 4 bits" if len(shape) == 2 else ""
+            remedy = f"supported: {', '.join(dtypes)}{others}"
+            self._wrong.add(source, f"has {problem}", f"have {problem}", remedy, UnsupportedError)
+            return False
         if found.shape != shape:
             self._wrong.misshapen(source, found.shape, shape)
-            return None
-        return _FLOATS[found.dtype]
+            return False
+        return True
 
-    def _matrix(self, name: str, packed: FourBitWeight | None) -> Bytes:
-        info = self.infos[name]
-        raw = packed.rows() if packed else self.files[info.source].data(info.source)
-        return self._in_order(name, raw.reshape(info.shape[0], -1)).reshape(-1)
-
-    def _vector(self, name: str) -> Bytes:
-        source = self.infos[name].source
+    def _vector(self, name: str, source: str) -> Bytes:
         values = self.files[source].floats(source)
         if adds_one(self.config.architecture, name):
             values = values + np.float32(1)
-        return np.ascontiguousarray(self._in_order(name, values), "<f4").view(np.uint8)
+        return _as_bytes(self._in_order(name, values))
+
+    def _floats(self, source: str, place: Place) -> Bytes:
+        """Of gpt-oss: sinks, or one number for each row of each expert."""
+        return _as_bytes(self.files[source].floats(source)[..., place.first :: place.step])
+
+    def _experts(self, source: str, shape: tuple[int, ...], place: Place) -> Bytes:
+        return expert_floats(self.files[source].data(source).reshape(shape), place).reshape(-1)
+
+    def _blocks(self, parts: Mapping[str, tuple[int, ...]], place: Place) -> Bytes:
+        blocks, scales = (self.files[part].data(part).reshape(shape) for part, shape in parts.items())
+        return expert_blocks(blocks, scales, place).reshape(-1)
 
     def _in_order(self, name: str, rows: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         return gguf_rows(self.config.architecture, name, rows, self.config.heads, self.config.kv_heads)
@@ -319,6 +399,15 @@ class _Translation:
                 source=self.path,
                 remedy=f"set tie_word_embeddings to false in {_CONFIG} if the model has its own output matrix",
             )
+
+
+def _joined(matrices: list[_Matrix]) -> Bytes:
+    """The bytes of several matrices, one after the other."""
+    return np.concatenate([matrix.read() for matrix in matrices])
+
+
+def _as_bytes(values: npt.NDArray[np.float32]) -> Bytes:
+    return np.ascontiguousarray(values, "<f4").reshape(-1).view(np.uint8)
 
 
 def _equal_bytes(a: Bytes, b: Bytes) -> bool:

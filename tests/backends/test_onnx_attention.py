@@ -30,7 +30,7 @@ input %past.key: {dtype}[batch, {heads}, {capacity}, {dim}]
 input %past.value: {dtype}[batch, {heads}, {capacity}, {dim}]
 input %past_length: i32[]
 {weight}
-%y, %present.key, %present.value = GroupQueryAttention(%q, %k, %v, %past.key, %past.value, %past_length{factors}; {op})
+%y, %present.key, %present.value = GroupQueryAttention(%q, %k, %v, %past.key, %past.value, %past_length{given}; {op})
 output %y
 output %present.key
 output %present.value
@@ -38,28 +38,38 @@ output %present.value
 
 
 def graph(
-    capacity: int, op: str, *, kv_heads: int = KV_HEADS, factors: bool = False, dtype: str = "f32"
+    capacity: int,
+    op: str,
+    *,
+    kv_heads: int = KV_HEADS,
+    dim: int = DIM,
+    factors: bool = False,
+    sinks: bool = False,
+    dtype: str = "f32",
 ) -> str:
+    given = {"factors": dim // 2} if factors else {}
+    if sinks:
+        given["sinks"], op = HEADS, f"{op}, sinks=True"
     return GRAPH.format(
-        q=HEADS * DIM,
-        kv=kv_heads * DIM,
+        q=HEADS * dim,
+        kv=kv_heads * dim,
         heads=kv_heads,
-        dim=DIM,
+        dim=dim,
         capacity=capacity,
         dtype=dtype,
-        weight=f"weight @factors: f32[{DIM // 2}]" if factors else "",
-        factors=", @factors" if factors else "",
+        weight="\n".join(f"weight @{name}: f32[{size}]" for name, size in given.items()),
+        given="".join(f", @{name}" for name in given),
         op=f"heads={HEADS}, scale=0.3, {op}",
     )
 
 
 def in_place_steps(built: Any, capacity: int, kv_heads: int, dtype: str) -> list[Arrays]:
     """Run all steps on the same two buffers, as an engine does; ``y`` and both caches after each."""
-    session = built.open()
-    empty = np.zeros((1, kv_heads, capacity, DIM), np.float16 if dtype == "f16" else np.float32)
+    session, dim = built.open(), head_dim(built)
+    empty = np.zeros((1, kv_heads, capacity, dim), np.float16 if dtype == "f16" else np.float32)
     caches = {part: ort.OrtValue.ortvalue_from_numpy(empty.copy()) for part in ("key", "value")}
     results, past = [], 0
-    for feeds in step_feeds(kv_heads):
+    for feeds in step_feeds(kv_heads, dim):
         binding = session.io_binding()
         for part, buffer in caches.items():
             binding.bind_ortvalue_input(f"past.{part}", buffer)
@@ -78,10 +88,11 @@ def in_place_steps(built: Any, capacity: int, kv_heads: int, dtype: str) -> list
 
 
 def interpreted_steps(built: Any, capacity: int, kv_heads: int) -> list[Arrays]:
-    empty = np.zeros((1, kv_heads, capacity, DIM))
+    dim = head_dim(built)
+    empty = np.zeros((1, kv_heads, capacity, dim))
     caches: Arrays = {"key": empty, "value": empty}
     results, past = [], 0
-    for feeds in step_feeds(kv_heads):
+    for feeds in step_feeds(kv_heads, dim):
         given = {
             "past_length": np.array(past, np.int32),
             "past.key": caches["key"],
@@ -94,9 +105,13 @@ def interpreted_steps(built: Any, capacity: int, kv_heads: int) -> list[Arrays]:
     return results
 
 
-def step_feeds(kv_heads: int) -> list[Arrays]:
+def head_dim(built: Any) -> int:
+    return int(built.graph.types["past.key"].shape[-1])
+
+
+def step_feeds(kv_heads: int, dim: int) -> list[Arrays]:
     rng = np.random.default_rng(3)
-    sizes = {"q": HEADS * DIM, "k": kv_heads * DIM, "v": kv_heads * DIM}
+    sizes = {"q": HEADS * dim, "k": kv_heads * dim, "v": kv_heads * dim}
     return [
         {name: rng.standard_normal((1, step, size)).astype(np.float32) for name, size in sizes.items()}
         for step in STEPS
@@ -163,6 +178,91 @@ def test_f16_caches_equal_the_interpreter(build: Build, layout: str, rope: str) 
     # The op computes in f16 too: q, k, v and rope's tables are right to 2**-11 of values up to 4, a score to about
     # 0.3 * sqrt(16) * 2**-9, and the output to that share of values near 1.
     assert_same_steps(built, capacity, dtype="f16", atol=4e-3)
+
+
+SCORES = {
+    "soft cap": {"cap": ", soft_cap=0.7"},
+    "sinks": {"sinks": True},
+    "soft cap and sinks": {"cap": ", soft_cap=0.7", "sinks": True},
+}
+
+
+def with_scores(layout: str, scores: str, dtype: str = "f32") -> str:
+    capacity, op = LAYOUTS[layout]
+    cap, sinks = SCORES[scores].get("cap", ""), SCORES[scores].get("sinks", False)
+    return graph(capacity, op + ROPES["neox"] + cap, sinks=sinks, dtype=dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_CASES)
+@pytest.mark.parametrize("scores", SCORES)
+def test_soft_caps_and_sinks_equal_the_interpreter(build: Build, layout: str, scores: str) -> None:
+    assert_same_steps(build(with_scores(layout, scores)), LAYOUTS[layout][0])
+
+
+@pytest.mark.parametrize("layout", [case for case in LAYOUT_CASES if case != "linear, no row left"])
+@pytest.mark.parametrize("scores", SCORES)
+def test_soft_caps_and_sinks_with_f16_caches_equal_the_interpreter(
+    build: Build, layout: str, scores: str
+) -> None:
+    # As above: the op computes in f16 too.
+    assert_same_steps(build(with_scores(layout, scores, "f16")), LAYOUTS[layout][0], dtype="f16", atol=4e-3)
+
+
+HEADS_OF = {
+    "whole": (64, 64),
+    "a quarter": (64, 16),
+    "a quarter that the op does not rotate": (80, 20),
+    "few channels": (32, 8),
+    "a head that the op does not rotate": (24, 24),
+    "part of such a head": (40, 12),
+}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("layout", ["linear", pytest.param("ring", marks=pytest.mark.needs_ring)])
+@pytest.mark.parametrize("size", HEADS_OF)
+def test_heads_that_are_rotated_in_part_equal_the_interpreter(
+    build: Build, size: str, layout: str, interleaved: bool
+) -> None:
+    (capacity, op), (dim, rotated) = LAYOUTS[layout], HEADS_OF[size]
+    rope = f", rope=RopeSpec(theta=100.0, dim={rotated}, interleaved={interleaved})"
+    # Scores are sums of up to 80 products: 3 times as large as those of 16.
+    assert_same_steps(build(graph(capacity, op + rope, dim=dim)), capacity, atol=3e-5)
+
+
+def test_f16_caches_of_heads_that_are_rotated_apart_equal_the_interpreter(build: Build) -> None:
+    capacity, op = LAYOUTS["linear"]
+    built = build(graph(capacity, f"{op}, rope=RopeSpec(theta=100.0, dim=24)", dim=24, dtype="f16"))
+    assert_same_steps(built, capacity, dtype="f16", atol=5e-3)
+
+
+@pytest.mark.parametrize("dim", [16, 24])
+def test_sequences_of_different_lengths_have_positions_of_their_own(build: Build, dim: int) -> None:
+    built = build(graph(16, f"layout='linear', rope=RopeSpec(theta=100.0, dim={dim})", dim=dim))
+    session, rng = built.open(), np.random.default_rng(8)
+    lengths, step = (7, 2), 1  # of more tokens, the op takes one sequence only
+    alone, together = [], {}
+    for past in lengths:
+        feeds = {
+            name: rng.standard_normal((1, step, size * dim)).astype(np.float32)
+            for name, size in {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}.items()
+        }
+        for part in ("key", "value"):
+            rows = rng.standard_normal((1, KV_HEADS, 16, dim)).astype(np.float32)
+            feeds[f"past.{part}"] = rows * (np.arange(16) < past)[:, None]
+        alone.append(built.run({**feeds, "past_length": np.array(past)}, session)["y"])
+        for name, array in feeds.items():
+            together[name] = np.concatenate([together[name], array]) if name in together else array
+    ends = np.array(lengths)[:, None] + step
+    mask = (np.arange(ends.max()) < ends).astype(np.int64)
+    y = session.run(["y"], {**together, "attention_mask": mask})[0]
+    # The same sums; a batch may be cut into other pieces.
+    np.testing.assert_allclose(y, np.concatenate(alone), rtol=0, atol=1e-6)
+
+
+def test_heads_that_the_op_does_not_take_are_refused(build: Build) -> None:
+    with pytest.raises(UnsupportedError, match=r"%y: .*heads of 20 channels, only of multiples of 8"):
+        build(graph(48, "layout='linear'", dim=20))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])

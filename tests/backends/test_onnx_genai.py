@@ -40,3 +40,7 @@ def test_tokens_are_those_of_the_manifest(gemma_artifact: Path) -> None:
     tokens = Artifact.open(gemma_artifact).manifest.tokenizer
     model = json.loads((gemma_artifact / "genai_config.json").read_text())["model"]
     assert (model["bos_token_id"], tuple(model["eos_token_id"])) == (tokens.bos_id, tokens.eos_ids)
+
+
+def test_type_is_the_one_that_fits_every_architecture(gemma_artifact: Path) -> None:
+    assert json.loads((gemma_artifact / "genai_config.json").read_text())["model"]["type"] == "decoder"

@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 
 from rlxc.backends.onnx.external import PAGE
@@ -16,7 +17,8 @@ from rlxc.weights.formats import FORMATS
 
 Build = Callable[..., Any]
 PACKED = [dtype for dtype in DType if dtype.is_packed]
-CODEBOOKS = [dtype for dtype in PACKED if FORMATS[dtype].codebook]
+CODEBOOKS = [DType.NF4, DType.FP4]
+"""Formats whose codebooks have fractions."""
 INTEGERS = [dtype for dtype in PACKED if dtype not in CODEBOOKS]
 FLOATS = [DType.F32, DType.F16, DType.BF16]
 WITH_MINS = [dtype for dtype in PACKED if FORMATS[dtype].has_mins]
@@ -82,9 +84,11 @@ def test_int8_product_is_close_to_the_interpreter(build: Build, dtype: DType, to
     built = build(LINEAR.format(dtype=dtype, op="DequantMatMul"), activations="int8")
     x = activations(tokens)
     result, expected = built.run({"x": x})["y"], built.interpret({"x": x})["y"]
-    # A block's step is its maximum / 127, about 2 standard deviations / 127, and the error a step / sqrt(12): 0.5%.
+    # A step is a block's maximum / 127, and the error a step / sqrt(12). The maximum of 16 to 64 normal numbers is near
+    # 2 standard deviations: 0.5%. That of 128 or 256 is about 3: 0.7%, and more by chance, as a row has few blocks.
+    block = next(a.i for a in built.model.graph.node[0].attribute if a.name == "block_size")
     root_mean_square = np.sqrt(((result - expected) ** 2).mean() / (expected**2).mean())
-    assert 1e-5 < root_mean_square < 0.008
+    assert 1e-5 < root_mean_square < (0.008 if block <= 64 else 0.012)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -115,9 +119,20 @@ def test_codes_of_a_codebook_are_the_file_s_bytes(build: Build, dtype: DType) ->
     np.testing.assert_array_equal(built.region("w.scales"), blocks[:, :4].copy().view(np.float32).ravel())
 
 
-def test_scale_that_a_block_shares_is_stored_once(build: Build) -> None:
-    built = build(LINEAR.format(dtype="int4", op="DequantMatMul"))
-    assert built.region("w.scales").shape == (OUT, IN // 64)
+@pytest.mark.parametrize(
+    ("dtype", "bits", "block"),
+    [
+        *((DType.INT4, 4, 64), (DType.Q1_0, 4, 128), (DType.TQ1_0, 4, 256), (DType.TQ2_0, 4, 256)),
+        *((DType.IQ3_S, 4, 32), (DType.IQ1_S, 4, 32), (DType.IQ1_M, 4, 16), (DType.IQ4_NL, 8, 32)),
+        *((DType.IQ2_XXS, 8, 32), (DType.IQ2_XS, 8, 16), (DType.MXFP4, 8, 32), (DType.NVFP4, 8, 16)),
+    ],
+)
+def test_integers_are_as_narrow_and_scales_as_few_as_exactness_allows(
+    build: Build, dtype: DType, bits: int, block: int
+) -> None:
+    built = build(LINEAR.format(dtype=dtype, op="DequantMatMul"))
+    assert built.region("w.codes").nbytes == OUT * IN * bits // 8
+    assert built.region("w.scales").shape == (OUT, IN // block)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *PACKED])
@@ -144,6 +159,9 @@ def test_stored_parts_decode_to_the_file_s_weights_bit_for_bit(build: Build, dty
     weights = signed.astype(np.float32) * scales[..., None]
     if "w.mins" in names:
         weights -= built.region("w.mins")[..., None]
+    for tensor in built.model.graph.initializer:
+        if tensor.name.startswith("remainder."):  # of odd values
+            weights += onnx.numpy_helper.to_array(tensor) * scales[..., None]
     np.testing.assert_array_equal(weights.reshape(OUT, IN), built.tensors.decoded["w"])
 
 
@@ -154,7 +172,10 @@ def test_product_reads_the_same_stored_parts(build: Build, dtype: DType) -> None
     np.testing.assert_array_equal(linear.region("w.codes").ravel(), embed.region("w.table").ravel())
     np.testing.assert_array_equal(linear.region("w.scales"), embed.region("w.scales"))
     if dtype in WITH_MINS:
-        np.testing.assert_array_equal(linear.region("w.mins"), embed.region("w.mins"))
+        # What the product leaves out: the code that stands in the middle, 8 or 128, less the least, which is zero.
+        middle = (FORMATS[dtype].code_max + 1) // 2
+        offsets = np.float32(middle) * embed.region("w.scales") - embed.region("w.mins")
+        np.testing.assert_array_equal(linear.region("w.offsets"), offsets)
 
 
 @pytest.mark.parametrize("dtype", [DType.Q8_0, DType.Q4_K, DType.Q6_K, DType.NF4])
@@ -174,7 +195,8 @@ def test_tied_table_serves_both_uses(build: Build, dtype: DType) -> None:
     ids = np.array([[5, 0, 47]])
     results, expected = built.run({"ids": ids}), built.interpret({"ids": ids})
     np.testing.assert_array_equal(results["x"], expected["x"])
-    assert relative_error(results["y"], expected["y"]) < 3e-5
+    # As above, but a row times itself is a sum of squares, up to 7 times the root mean square of all results.
+    assert relative_error(results["y"], expected["y"]) < 2e-4
 
 
 @pytest.mark.parametrize("dtype", [DType.Q8_0, DType.Q4_0, DType.Q4_1, DType.Q5_K, DType.NF4])

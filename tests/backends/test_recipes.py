@@ -72,6 +72,16 @@ def test_tensors_of_the_file_are_not_copied(dtype: DType) -> None:
     assert np.shares_memory(piece, recipe.tensors.packed["file"])
 
 
+def test_experts_are_rows_one_expert_after_the_other() -> None:
+    plain = Recipe('q8_0[3, 5, 64] = source("file")')
+    (piece,) = plain.pieces()
+    assert piece.shape == (15, FORMATS[DType.Q8_0].row_bytes(64))
+    assert np.shares_memory(piece, plain.tensors.packed["file"])
+    encoded = Recipe("q8_0[3, 5, 64] = encode(@given: f32[3, 5, 64])")
+    exact = encoded.tensors.decoded["given"].reshape(15, 64)
+    assert encoded.bytes() == quantize(exact, GGMLQuantizationType.Q8_0).tobytes()
+
+
 def test_vectors_are_rows_of_one_element() -> None:
     recipe = Recipe("f32[7] = concat(@a: f32[3], @b: f32[4])")
     assert [piece.shape for piece in recipe.pieces()] == [(3, 4), (4, 4)]

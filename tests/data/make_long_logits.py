@@ -10,7 +10,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "end_to_end"))
 
-from long_cases import CASES, CONTEXT, POSITIONS, TEXT, write_model  # noqa: E402 - beside the tests that read the result
+from long_cases import CASES, CONTEXT, POSITIONS, TEXT  # noqa: E402 - beside the tests that read the result
 
 
 def logits(path: Path) -> np.ndarray:
@@ -26,5 +26,5 @@ def logits(path: Path) -> np.ndarray:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.gguf"
-        made = {name: logits(write_model(name, model, decoded=True)) for name in CASES}
+        made = {name: logits(case.write(model, decoded=True)) for name, case in CASES.items()}
     np.savez_compressed(HERE / "long_logits.npz", **made)

@@ -10,7 +10,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "models"))
 
-from tiny import CONTEXT, TEXT, VARIANTS  # noqa: E402 - beside the tests that read the result
+from divergence import mean_divergence  # noqa: E402 - beside the tests that read the result
+from tiny import CONTEXT, INT8, ROWS, TEXT, VARIANTS  # noqa: E402 - likewise
 
 
 def logits(path: Path) -> np.ndarray:
@@ -25,7 +26,10 @@ def logits(path: Path) -> np.ndarray:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model.gguf"
+        path = Path(folder) / "model.gguf"
         # llama.cpp rounds activations to int8 for quantised weights: it gets the same weights decoded to f32.
-        made = {name: logits(variant.write(model, decoded=True)) for name, variant in VARIANTS.items()}
+        made = {name: logits(variant.write(path, decoded=True))[ROWS] for name, variant in VARIANTS.items()}
+        for name in INT8:
+            packed = logits(VARIANTS[name].write(path))[ROWS]
+            made[f"{name}, divergence of int8"] = np.float64(mean_divergence(made[name], packed))
     np.savez_compressed(HERE / "tiny_logits.npz", **made)

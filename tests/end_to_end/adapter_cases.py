@@ -40,7 +40,7 @@ class TinyAdapter:
         """By target: a ``[rank, in]`` and b ``[out, rank]``; a product with them is of the size of its input."""
         rng = np.random.RandomState(self.seed)
         made = {}
-        for name, shape in shapes(base.architecture, base.kv_heads, base.tied, base.bias, base.rope_scaling):
+        for name, shape in shapes(base):
             if len(shape) == 2 and name.split(".")[-2] in self.targets:
                 # A table is read by its rows, which are the columns of a.
                 out, in_ = shape[::-1] if name == "token_embd.weight" else shape

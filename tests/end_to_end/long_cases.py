@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 # The tiny models lie in a folder of their own.
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 
-from tiny import CONTEXT, VARIANTS, VOCAB
+from tiny import CONTEXT, VARIANTS, VOCAB, Tiny
 
 ORIGINAL = 64
 """Positions that scaling by 4 makes the context of."""
@@ -23,19 +23,18 @@ TEXT = [1, *np.random.RandomState(5).randint(3, VOCAB, 249).tolist()]
 POSITIONS = (1, 62, 63, 64, 65, 127, 128, 129, 200, 249)
 """Whose logits are compared: around the ends of pages and of the original context, and the last one."""
 
-CASES: Mapping[str, Mapping[str, Any]] = {
-    "llama-linear": {},
-    "llama-yarn": {"rope.scaling.original_context_length": ORIGINAL},
-    "llama-llama3": {},
-    "gemma3-linear": {},
+_PHI3 = Tiny("phi3", "Q8_0", rope_scaling="longrope", rope_dim=48, seed=60)
+"""It was trained at half the context."""
+
+CASES: Mapping[str, Tiny] = {
+    "llama-linear": VARIANTS["llama-linear"],
+    "llama-yarn": replace(
+        VARIANTS["llama-yarn"], metadata={"rope.scaling.original_context_length": ORIGINAL}
+    ),
+    "llama-llama3": VARIANTS["llama-llama3"],
+    "gemma3-linear": VARIANTS["gemma3-linear"],
+    "phi3-long": _PHI3,
+    "phi3-short": replace(_PHI3, metadata={"rope.scaling.original_context_length": CONTEXT}),
 }
-"""Variants of ``tests/models/tiny.py``, and the metadata that are other ones here."""
 
-
-def write_model(name: str, path: Path, **changes: Any) -> Path:
-    """The file of a case; with other metadata where they are given."""
-    metadata = {**CASES[name], **changes.pop("metadata", {})}
-    return VARIANTS[name].write(path, metadata=metadata, **changes)
-
-
-__all__ = ["CASES", "CONTEXT", "POSITIONS", "TEXT", "VARIANTS", "write_model"]
+__all__ = ["CASES", "CONTEXT", "POSITIONS", "TEXT"]

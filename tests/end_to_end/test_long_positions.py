@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from long_cases import CASES, POSITIONS, TEXT, VARIANTS, write_model
+from long_cases import CASES, POSITIONS, TEXT
 from oracle import OpenModel
 
 import rlxc
@@ -20,7 +20,7 @@ from rlxc.weights.gguf import open_gguf
 Logits = npt.NDArray[Any]
 
 # Logits have a standard deviation of 1; see tests/models/test_reference.py for what is left between two computations.
-TOLERANCE = {"llama": 5e-5, "gemma3": 5e-3}
+TOLERANCE = {"llama": 5e-5, "phi3": 5e-5, "gemma3": 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def reference() -> dict[str, Logits]:
 
 
 def tolerance(name: str) -> float:
-    return TOLERANCE[VARIANTS[name].architecture]
+    return TOLERANCE[CASES[name].architecture]
 
 
 # The angles are one input of all kernels: one of these models that TVM compiles says what the others would.
@@ -52,7 +52,7 @@ def test_compiled_logits_equal_llama_cpp_s(
 ) -> None:
     if backend_name == "tvm" != default_backend():
         pytest.skip("TVM is not installed")
-    artifact = compile_exact(write_model(name, tmp_path / "model.gguf"), backend_name)
+    artifact = compile_exact(CASES[name].write(tmp_path / "model.gguf"), backend_name)
     with rlxc.load(artifact, threads=1) as session:
         logits = session.score(TEXT)[list(POSITIONS)]
     np.testing.assert_allclose(logits, reference[name], rtol=0, atol=tolerance(name))
@@ -65,12 +65,15 @@ def test_compiled_logits_equal_llama_cpp_s(
         ("llama-yarn", {"rope.scaling.type": "linear"}),
         ("llama-yarn", {"rope.scaling.original_context_length": 200}),
         ("gemma3-linear", {"rope.scaling.factor": 3.9}),
+        ("phi3-long", {"rope.scaling.original_context_length": 256}),
+        ("phi3-short", {"rope.scaling.original_context_length": 255}),
+        ("phi3-short", {"rope.scaling.attn_factor": 1.24}),
     ],
     ids=str,
 )
 def test_tolerance_notices_mistakes(
     name: str, mistake: dict[str, Any], reference: dict[str, Logits], tmp_path: Path
 ) -> None:
-    with open_gguf(write_model(name, tmp_path / "model.gguf", metadata=mistake)) as file:
+    with open_gguf(CASES[name].write(tmp_path / "model.gguf", metadata=mistake)) as file:
         logits = OpenModel(file).logits(TEXT)[list(POSITIONS)]
     assert np.abs(logits - reference[name]).max() > 10 * tolerance(name)

@@ -7,3 +7,4 @@ from pathlib import Path
 
 # They lie beside the folders of the tests that share them.
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))

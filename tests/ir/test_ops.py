@@ -27,6 +27,7 @@ CACHE = "f32[B, 2, past, 4]"
 BUFFER = "f32[B, 2, 64, 4]"
 PAGES = "int8[pages, 2, 16, 4]"
 U = "f32[B, S, 3, R]"
+CHOSEN = "i64[B, S, 3]"
 
 ACCEPTED = [
     (ops.Constant(1.0), "", "f32[]"),
@@ -41,7 +42,16 @@ ACCEPTED = [
     (ops.Rsqrt(), X, X),
     (ops.Silu(), X, X),
     (ops.Gelu(), X, X),
+    (ops.SoftCap(30.0), X, X),
+    (ops.ClampedSwiglu(1.702, 7.0), f"{X} {X}", X),
     (ops.Mean(), X, "f32[B, S, 1]"),
+    (ops.LayerNorm(1e-6), f"{X} f32[8]", X),
+    (ops.LayerNorm(1e-6), f"{X} f32[8] f32[8]", X),
+    (ops.Route(3), "f32[B, S, 8]", f"{CHOSEN} f32[B, S, 3]"),
+    (ops.ExpertMatMul(), f"{X} f32[6, 5, 8] {CHOSEN}", "f32[B, S, 3, 5]"),
+    (ops.ExpertMatMul(), f"f32[B, S, 32] mxfp4[6, 5, 32] {CHOSEN} f32[6, 5]", "f32[B, S, 3, 5]"),
+    (ops.ExpertMatMul(), f"f32[B, S, 3, 256] q4_k[6, 5, 256] {CHOSEN}", "f32[B, S, 3, 5]"),
+    (ops.MixExperts(), "f32[B, S, 3, 5] f32[B, S, 3]", "f32[B, S, 5]"),
     (ops.RmsNorm(1e-6), f"{X} f32[8]", X),
     (ops.RmsNorm(1e-6, heads=2), f"{X} f32[4]", X),
     (ops.AddRmsNorm(1e-6), f"{X} {X} f32[8]", f"{X} {X}"),
@@ -80,6 +90,21 @@ ACCEPTED = [
     (ops.KvRead("ring", 16), f"{BUFFER} {X} i32[]", "f32[B, 2, visible, 4]"),
     (ops.Attention(4, 0.5), "f32[B, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4]", "f32[B, S, 16]"),
     (
+        ops.Attention(4, 0.5, soft_cap=50.0),
+        "f32[B, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4] f32[4]",
+        "f32[B, S, 16]",
+    ),
+    (
+        ops.GroupQueryAttention(4, 0.5, "ring", window=16, rope=ROPE, soft_cap=50.0, sinks=True),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[2] f32[4]",
+        f"f32[B, S, 16] {BUFFER} {BUFFER}",
+    ),
+    (
+        ops.GroupQueryAttention(4, 0.5, "paged", rope=ROPE, sinks=True),
+        f"f32[B, S, 16] {X} {X} {PAGES} {PAGES} i32[] i32[B, 8] f32[4]",
+        f"f32[B, S, 16] {PAGES} {PAGES}",
+    ),
+    (
         ops.GroupQueryAttention(4, 0.5, "linear", rope=ROPE),
         f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[2]",
         f"f32[B, S, 16] {BUFFER} {BUFFER}",
@@ -117,6 +142,26 @@ REFUSED = {
     "norm over heads that do not divide": (ops.RmsNorm(1e-6, heads=3), f"{X} f32[2]"),
     "norm over no heads": (ops.RmsNorm(1e-6, heads=0), f"{X} f32[8]"),
     "norm of a scalar": (ops.RmsNorm(1e-6), "f32[] f32[1]"),
+    "layer norm: a bias of another size": (ops.LayerNorm(1e-6), f"{X} f32[8] f32[4]"),
+    "layer norm: a packed weight": (ops.LayerNorm(1e-6), f"{X} q8_0[8]"),
+    "a cap of zero": (ops.SoftCap(0.0), X),
+    "capped integers": (ops.SoftCap(1.0), "i64[3]"),
+    "a gate and an input of other sizes": (ops.ClampedSwiglu(1.702, 7.0), f"{X} f32[B, S, 4]"),
+    "a gate for every token": (ops.ClampedSwiglu(1.702, 7.0), f"{X} f32[8]"),
+    "more experts than there are": (ops.Route(9), X),
+    "no experts": (ops.Route(0), X),
+    "scores of an unknown number of experts": (ops.Route(2), "f32[B, S, E]"),
+    "scores without tokens": (ops.Route(2), "f32[B, 8]"),
+    "scores that are integers": (ops.Route(2), "i64[B, S, 8]"),
+    "experts: one matrix": (ops.ExpertMatMul(), f"{X} f32[5, 8] {CHOSEN}"),
+    "experts: matrices of other columns": (ops.ExpertMatMul(), f"{X} f32[6, 5, 9] {CHOSEN}"),
+    "experts: chosen by floats": (ops.ExpertMatMul(), f"{X} f32[6, 5, 8] f32[B, S, 3]"),
+    "experts: chosen for other tokens": (ops.ExpertMatMul(), f"{X} f32[6, 5, 8] i64[B, T, 3]"),
+    "experts: an x of other slots": (ops.ExpertMatMul(), f"f32[B, S, 2, 8] f32[6, 5, 8] {CHOSEN}"),
+    "experts: matrices of integers": (ops.ExpertMatMul(), f"{X} i64[6, 5, 8] {CHOSEN}"),
+    "experts: one bias for all": (ops.ExpertMatMul(), f"{X} f32[6, 5, 8] {CHOSEN} f32[5]"),
+    "experts: weights of other slots": (ops.MixExperts(), "f32[B, S, 3, 5] f32[B, S, 2]"),
+    "experts: nothing to mix": (ops.MixExperts(), f"{X} f32[B, S]"),
     "residual of another type": (ops.AddRmsNorm(1e-6), f"{X} f32[8] f32[8]"),
     "residual norm weight of another size": (ops.AddRmsNorm(1e-6), f"{X} {X} f32[4]"),
     "embedding of floats": (ops.Embed(), "f32[B, S] f32[99, 8]"),
@@ -205,6 +250,26 @@ REFUSED = {
     "queries of another head size": (ops.Attention(4, 0.5), f"{X} f32[B, 2, T, 4] f32[B, 2, T, 4]"),
     "queries of another batch": (ops.Attention(4, 0.5), "f32[C, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4]"),
     "heads that cannot share": (ops.Attention(3, 0.5), "f32[B, S, 12] f32[B, 2, T, 4] f32[B, 2, T, 4]"),
+    "sinks of other heads": (
+        ops.Attention(4, 0.5),
+        "f32[B, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4] f32[2]",
+    ),
+    "scores with a cap of zero": (
+        ops.Attention(4, 0.5, soft_cap=0.0),
+        "f32[B, S, 16] f32[B, 2, T, 4] f32[B, 2, T, 4]",
+    ),
+    "fused: no sinks": (
+        ops.GroupQueryAttention(4, 0.5, "linear", rope=ROPE, sinks=True),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[]",
+    ),
+    "fused: sinks that nobody asked for": (
+        ops.GroupQueryAttention(4, 0.5, "linear"),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[] f32[4]",
+    ),
+    "fused: a negative cap": (
+        ops.GroupQueryAttention(4, 0.5, "linear", soft_cap=-1.0),
+        f"f32[B, S, 16] {X} {X} {BUFFER} {BUFFER} i32[]",
+    ),
     "fused: caches that differ": (
         ops.GroupQueryAttention(4, 0.5, "linear"),
         f"f32[B, S, 16] {X} {X} {BUFFER} f32[B, 2, 32, 4] i32[]",

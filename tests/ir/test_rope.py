@@ -97,6 +97,11 @@ def test_factors_divide_the_frequencies_one_by_one() -> None:
     np.testing.assert_allclose(rotations(RopeSpec(10000.0, 8), factors), expected, rtol=TOLERANCE)
 
 
+def test_attention_factor_needs_no_yarn() -> None:
+    cos, sin = RopeSpec(10000.0, 8, factor=4.0, attention=1.25).angles(np.array(77))
+    np.testing.assert_allclose(np.hypot(cos, sin), 1.25, rtol=TOLERANCE)
+
+
 class TestYarn:
     """64 pairs with wavelengths from 6 to 54,000 tokens, trained on 4096 tokens and stretched 8 times."""
 
@@ -135,9 +140,12 @@ class TestYarn:
         np.testing.assert_allclose(np.hypot(cos, sin), 1 + 0.1 * math.log(8), rtol=TOLERANCE)
 
     def test_attention_factor_multiplies(self) -> None:
-        spec = RopeSpec(10000.0, 128, factor=8.0, yarn=Yarn(4096, attention=0.5))
+        spec = RopeSpec(10000.0, 128, factor=8.0, yarn=Yarn(4096), attention=0.5)
         cos, sin = spec.angles(np.array(77))
         np.testing.assert_allclose(np.hypot(cos, sin), 0.5 * (1 + 0.1 * math.log(8)), rtol=TOLERANCE)
+
+    def test_a_context_that_is_not_stretched_has_the_usual_magnitude(self) -> None:
+        assert RopeSpec(10000.0, 128, factor=0.5, yarn=Yarn(4096)).magnitude == 1
 
     def test_without_extrapolation_all_frequencies_are_divided(self) -> None:
         spec = RopeSpec(10000.0, 128, factor=8.0, yarn=Yarn(4096, extrapolation=0.0))

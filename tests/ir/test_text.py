@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_graphs import model_graph
+from model_graphs import MODELS, model_graph
 
 from rlxc.dtypes import DType
 from rlxc.errors import GraphError, ParseError
@@ -141,10 +141,7 @@ def test_types_comments_blank_lines_and_indentation_may_be_left_to_the_writer() 
     assert parse("# a comment\n\n" + "\n\n".join(f"    {line}" for line in lines)) == parse(EXAMPLE)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [("llama", {}), ("llama", {"bias": True, "factors": True}), ("gemma3", {})],
-)
+@pytest.mark.parametrize(("architecture", "options"), MODELS.values(), ids=MODELS)
 def test_whole_models_come_back(architecture: str, options: dict[str, Any]) -> None:
     graph = model_graph(architecture, 7, **options)
     verify(graph)
@@ -156,13 +153,46 @@ def test_whole_models_come_back(architecture: str, options: dict[str, Any]) -> N
     [
         ops.Rope(2, RopeSpec(10000.0, 4)),
         ops.Rope(2, RopeSpec(1e6, 4, interleaved=True, factor=8.0)),
-        ops.Rope(2, RopeSpec(1e6, 4, False, 4.0, Yarn(4096, 0.5, 1.25, 16.0, 2.0))),
+        ops.Rope(2, RopeSpec(1e6, 4, False, 4.0, Yarn(4096, 0.5, 16.0, 2.0), 1.25)),
     ],
 )
 def test_nested_attributes_come_back(op: ops.Op) -> None:
     graph = parse("graph g\ninput %x: f32[B, S, 8]\ninput %p: i64[B, S]\noutput %x")
     graph = graph.with_nodes([Node(op, ("x", "p"), ("y",))])
     assert parse(show(graph)) == graph
+
+
+EXPERTS = """\
+graph experts
+input %ids: i64[batch, seq]
+input %x: f32[batch, seq, 64]
+input %keys: f32[batch, 2, past, 16]
+weight @scale: f32[64]
+weight @shift: f32[64]
+weight @sinks: f32[4]
+weight @router: f32[6, 64]
+weight @gate: mxfp4[6, 32, 64]
+weight @up: iq2_xxs[6, 32, 64]
+weight @down: nvfp4[6, 64, 32]
+weight @bias: f32[6, 32]
+%n = LayerNorm(%x, @scale, @shift; eps=1e-05) : f32[batch, seq, 64]
+%a = Attention(%n, %keys, %keys, @sinks; heads=4, scale=0.25, window=8, soft_cap=50.0) : f32[batch, seq, 64]
+%s = MatMul(%a, @router) : f32[batch, seq, 6]
+%e, %w = Route(%s; used=2) : i64[batch, seq, 2], f32[batch, seq, 2]
+%g = ExpertMatMul(%a, @gate, %e, @bias) : f32[batch, seq, 2, 32]
+%u = ExpertMatMul(%a, @up, %e) : f32[batch, seq, 2, 32]
+%c = ClampedSwiglu(%g, %u; alpha=1.702, limit=7.0) : f32[batch, seq, 2, 32]
+%d = ExpertMatMul(%c, @down, %e) : f32[batch, seq, 2, 64]
+%m = MixExperts(%d, %w) : f32[batch, seq, 64]
+%y = SoftCap(%m; cap=30.0) : f32[batch, seq, 64]
+output %y
+"""
+
+
+def test_text_of_experts_is_stable_and_sound() -> None:
+    graph = parse(EXPERTS)
+    assert show(graph) == EXPERTS
+    verify(graph)
 
 
 def test_attributes_at_their_default_are_left_out() -> None:

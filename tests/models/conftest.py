@@ -17,9 +17,10 @@ from rlxc.weights.gguf import open_gguf
 
 # What the tests share lies beside them; the script that makes the reference data uses it too, without pytest.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from oracle import Floats, OpenModel
-from tiny import VARIANTS
+from tiny import TEXT, VARIANTS
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -50,7 +51,7 @@ def compile_tiny(
     def compiled(backend: BackendName, name: str, activations: str, max_step: int = 16) -> Path:
         path = folder / f"{backend}-{name}-{activations}-{max_step}.rlx"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("rlxc.compiler.MAX_STEP", max_step)
+            patch.setattr("rlxc.lowering.MAX_STEP", max_step)
             options: Any = {"activations": activations, "rollback": 8}
             options["kv_cache"] = "f32" if activations == "float32" else "auto"
             rlxc.compile(tiny_gguf(name), path, backend=backend, **options)
@@ -69,6 +70,17 @@ def tiny_artifact(backend: BackendName, compile_tiny: Callable[..., Path]) -> Ca
 
 
 @pytest.fixture(scope="session")
+def score_tiny(compile_tiny: Callable[..., Path]) -> Callable[..., Floats]:
+    """``score_tiny(backend, variant, activations)``: its artifact's logits ``f32 [len(TEXT), vocab]``, taken once."""
+
+    def scored(backend: BackendName, name: str, activations: str) -> Floats:
+        with rlxc.load(compile_tiny(backend, name, activations), threads=1) as session:
+            return session.score(TEXT)
+
+    return cache(scored)
+
+
+@pytest.fixture(scope="session")
 def open_tiny(tiny_gguf: Callable[[str], Path]) -> Callable[[str], OpenModel]:
     """``open_tiny(variant)``: the model for the interpreter."""
     return cache(lambda name: OpenModel(open_gguf(tiny_gguf(name))))
@@ -76,6 +88,6 @@ def open_tiny(tiny_gguf: Callable[[str], Path]) -> Callable[[str], OpenModel]:
 
 @pytest.fixture(scope="session")
 def llama_cpp_logits() -> dict[str, Floats]:
-    """llama.cpp's logits ``f32 [len(TEXT), vocab]`` by variant; see ``tests/data/README.md``."""
+    """llama.cpp's logits ``f32 [ROWS, vocab]`` by variant; see ``tests/data/README.md``."""
     with np.load(DATA / "tiny_logits.npz") as stored:
         return dict(stored)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import OpenModel
-from tiny import HEAD_DIM, HIDDEN, LAYERS, TEXT, VARIANTS, VOCAB
+from tiny import TEXT, VARIANTS, VOCAB
 
 import rlxc
 from rlxc.artifact import Artifact
@@ -25,16 +25,16 @@ LONG = [1, *np.random.RandomState(1).randint(3, VOCAB, sum(CHUNKS) - 1).tolist()
 def test_result_shapes(variant: str, open_tiny: Open) -> None:
     model = open_tiny(variant)
     logits, caches = model.step(TEXT, model.empty_caches())
-    assert logits.shape == (len(TEXT), VOCAB)
-    kv_heads = VARIANTS[variant].kv_heads
-    assert {rows.shape for rows in caches.values()} == {(1, kv_heads, len(TEXT), HEAD_DIM)}
-    assert len(caches) == 2 * LAYERS[VARIANTS[variant].architecture]
+    tiny = VARIANTS[variant]
+    assert logits.shape == (len(TEXT), tiny.vocab)
+    assert {rows.shape for rows in caches.values()} == {(1, tiny.kv_heads, len(TEXT), tiny.head_dim)}
+    assert len(caches) == 2 * tiny.layer_count
 
 
 def test_config_holds_the_metadata_s_numbers(variant: str, open_tiny: Open) -> None:
-    config = open_tiny(variant).config
-    assert (config.vocab, config.hidden, config.head_dim) == (VOCAB, HIDDEN, HEAD_DIM)
-    assert config.kv_heads == VARIANTS[variant].kv_heads
+    config, tiny = open_tiny(variant).config, VARIANTS[variant]
+    assert (config.vocab, config.hidden, config.head_dim) == (tiny.vocab, tiny.hidden, tiny.head_dim)
+    assert (config.heads, config.kv_heads, config.ffn) == (tiny.heads, tiny.kv_heads, tiny.ffn)
 
 
 def test_only_every_sixth_gemma3_layer_sees_everything(open_tiny: Open) -> None:

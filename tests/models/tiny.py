@@ -6,8 +6,10 @@ generator whose stream is frozen, so that the files are the same bytes everywher
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +17,111 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-Ggml = gguf.GGMLQuantizationType
-Arrays = dict[str, npt.NDArray[np.float32]]
+# Its parts lie beside it, also where a test runs this file from another folder.
+sys.path.insert(0, str(Path(__file__).parent))
 
-HIDDEN, FFN, HEADS, HEAD_DIM, VOCAB, CONTEXT = 256, 512, 4, 64, 300, 256
-LAYERS = {"llama": 2, "gemma3": 7}
-"""Seven layers of Gemma 3: five sliding-window ones, a full one, and the start of the next period."""
+from tiny_blocks import FORMATS, Ggml, decode, random_matrix
+from tiny_shapes import (
+    ARCHITECTURES,
+    CONTEXT,
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    VOCAB,
+    Sizes,
+    settings,
+    shapes,
+)
 
-WEIGHT_SIZE = HIDDEN**-0.5
-"""Standard deviation of the weights: activations and attention scores stay near 1."""
-
-_SUPER_BLOCK = 256
-_K_QUANTS = {Ggml.Q2_K: (80, 82, 1.5), Ggml.Q3_K: (108, None, 0), Ggml.Q4_K: (0, 2, 7.5)}
-_K_QUANTS |= {Ggml.Q5_K: (0, 2, 15.5), Ggml.Q6_K: (208, None, 0)}
-"""The offsets of a block's f16 scale and minimum, and the mean code, which the minimum shall take away."""
+TensorTypes = str | Mapping[str, str] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """One tiny model; the fields are the arguments of `write_tiny_model`."""
+class Tiny(Sizes):
+    """One tiny model.
 
-    architecture: str
-    tensor_types: str | Mapping[str, str] = "F32"
-    kv_heads: int = 2
-    tied: bool = True
-    bias: bool = False
-    rope_scaling: str | None = None
-    window: int = 0
+    Attributes:
+        tensor_types: the matrices' format; or formats by the tensor's kind (``attn_v``) with a ``default``; or formats
+            that the matrices have in turn, leaving out those whose blocks do not fit a row.
+        metadata: keys to add or change, without the architecture's prefix; None takes a key away.
+        seed: of the weights.
+    """
+
+    tensor_types: TensorTypes = "F32"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
-    def write(self, path: Path, **changes: Any) -> Path:
-        """The file of this model."""
-        return write_tiny_model(path, **{**vars(self), **changes})
+    def write(
+        self,
+        path: Path,
+        *,
+        decoded: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, npt.NDArray[np.float32] | None] | None = None,
+    ) -> Path:
+        """Write the model's file.
 
+        Args:
+            path: the file to write.
+            decoded: store every matrix as F32, with the values that its format decodes to.
+            metadata: like the model's, beyond it.
+            tensors: f32 tensors to add or change; None takes a tensor away.
+        """
+        rng = np.random.RandomState(self.seed)
+        changes = tensors or {}
+        writer = gguf.GGUFWriter(path, self.architecture)
+        for key, value in (settings(self) | {**self.metadata, **(metadata or {})}).items():
+            if value is not None:
+                _add_value(writer, f"{self.architecture}.{key}", value)
+        _add_tokenizer(writer, self.vocab)
+        for name, shape, kind in self.tensors():
+            if len(shape) == 1 or name.endswith(".bias"):
+                packed = _vector(name, shape, rng)
+            else:
+                packed = random_matrix(kind, shape, self.hidden**-0.5, rng)
+            if name == "token_embd.weight":
+                table = packed
+            elif name == "output.weight" and self.tied:
+                packed = table
+            if name in changes:
+                continue
+            if decoded:
+                packed, kind = decode(kind, packed), Ggml.F32
+            writer.add_tensor(name, packed, raw_dtype=kind)
+        for name, array in changes.items():
+            if array is not None:
+                writer.add_tensor(name, array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...], Ggml]]:
+        """Every tensor's name, shape and format, in file order."""
+        types = self.tensor_types
+        turns = cycle(types if isinstance(types, tuple) else ())
+        of_table = "F32"
+        for name, shape in shapes(self):
+            kind = "F32"
+            if name == "output.weight" and self.tied:
+                kind = of_table
+            elif len(shape) > 1 and name.split(".")[-2] not in ALWAYS_F32 and not name.endswith(".bias"):
+                if isinstance(types, tuple):
+                    kind = next(
+                        turn for turn in turns if not shape[-1] % gguf.GGML_QUANT_SIZES[Ggml[turn]][0]
+                    )
+                else:
+                    by_kind = types if isinstance(types, Mapping) else {"default": types}
+                    kind = by_kind.get(name.split(".")[-2], by_kind["default"])
+            if name == "token_embd.weight":
+                of_table = kind
+            yield name, shape, Ggml[kind]
+
+
+ALWAYS_F32 = ("ffn_gate_inp", "attn_q_norm", "attn_k_norm")
+"""Kinds of matrices that no file has in another format."""
 
 K_M = {"default": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
 GEMMA_K_M = {
@@ -57,6 +131,24 @@ GEMMA_K_M = {
     "ffn_gate": "Q6_K",
     "token_embd": "Q8_0",
 }
+
+
+def _every_format(architecture: str, seed: int, **sizes: Any) -> Tiny:
+    """A model whose matrices have all formats in turn, beginning with another one in each architecture."""
+    turned = FORMATS[seed % len(FORMATS) :] + FORMATS[: seed % len(FORMATS)]
+    return Tiny(architecture, turned, seed=seed, **{"layers": 4, **sizes})
+
+
+def _odd(architecture: str, seed: int, **sizes: Any) -> Tiny:
+    """A model of odd sizes: three heads, and no size that is a multiple of 64, or of 4 in the vocabulary."""
+    types = {"default": "Q4_1", "attn_v": "Q8_0", "ffn_down": "IQ4_NL", "ffn_down_exps": "MXFP4"}
+    odd = {"hidden": 96, "ffn": 160, "heads": 3, "kv_heads": 1, "head_dim": 32, "vocab": 301, "tied": False}
+    return Tiny(architecture, types, seed=seed, **{**odd, **sizes})
+
+
+_EXPERTS = {"experts": 6, "experts_used": 2, "expert_ffn": 256}
+_ODD_EXPERTS = {"experts": 5, "experts_used": 3, "expert_ffn": 160}
+_EVERY_SECOND = {"attention.sliding_window_pattern": 2}
 
 VARIANTS: Mapping[str, Tiny] = {
     "llama-plain": Tiny("llama", kv_heads=HEADS, seed=1),
@@ -72,171 +164,95 @@ VARIANTS: Mapping[str, Tiny] = {
     "gemma3-window": Tiny("gemma3", GEMMA_K_M, kv_heads=1, window=8, seed=11),
     "gemma3-linear": Tiny("gemma3", "Q3_K", rope_scaling="linear", window=8, seed=12),
     "gemma3-no-window": Tiny("gemma3", "Q8_0", seed=13),
+    "gemma2-formats": _every_format("gemma2", 30, window=8),
+    "gemma3-formats": _every_format("gemma3", 32, window=8, metadata=_EVERY_SECOND),
+    "gpt-oss-formats": _every_format("gpt-oss", 34, bias=True, window=8, rope_scaling="yarn", **_EXPERTS),
+    "granite-formats": _every_format("granite", 36),
+    "llama-formats": _every_format("llama", 38),
+    "olmo2-formats": _every_format("olmo2", 40),
+    "phi3-formats": _every_format("phi3", 42, layers=7, rope_scaling="longrope"),
+    "qwen2-formats": _every_format("qwen2", 44, bias=True),
+    "qwen3-formats": _every_format("qwen3", 46, rope_scaling="yarn"),
+    "qwen3moe-formats": _every_format("qwen3moe", 48, **_EXPERTS),
+    "stablelm-formats": _every_format("stablelm", 50, rope_dim=16),
+    "starcoder2-formats": _every_format("starcoder2", 52, layers=5, bias=True),
+    # The vocabulary of the Gemmas is always tied.
+    "gemma2-odd": _odd("gemma2", 31, layers=2, heads=5, tied=True, window=8),
+    "gemma3-odd": _odd("gemma3", 33, layers=2, heads=5, tied=True, window=8, metadata=_EVERY_SECOND),
+    "gpt-oss-odd": _odd("gpt-oss", 35, bias=True, window=8, heads=5, **_ODD_EXPERTS),
+    "granite-odd": _odd("granite", 37, heads=6, kv_heads=2, head_dim=48),
+    "llama-experts": _odd("llama", 39, experts=5, experts_used=3, expert_ffn=160),
+    "olmo2-odd": _odd("olmo2", 41, rope_scaling="yarn", layers=4, window=8),
+    "phi3-odd": _odd("phi3", 43, rope_dim=24, bias=True),
+    "qwen2-odd": _odd("qwen2", 45, bias=True),
+    "qwen3-odd": _odd("qwen3", 47, heads=6, kv_heads=2, head_dim=48),
+    "qwen3moe-odd": _odd("qwen3moe", 49, heads=5, **_ODD_EXPERTS),
+    "stablelm-odd": _odd("stablelm", 51, rope_dim=16, kv_heads=3, parallel=True),
+    "starcoder2-odd": _odd("starcoder2", 53, bias=True),
 }
+"""Of each architecture one with all formats, which is tied, and one of odd sizes, which is not."""
 
 TEXT = [1, *np.random.RandomState(0).randint(3, VOCAB, 23).tolist()]
 """The token ids whose logits are compared: ``<s>`` and 23 others, three times the window."""
 
+ROWS = slice(2, None, 3)
+"""The positions whose logits are stored, the last one among them."""
 
-def write_tiny_model(
-    path: Path,
-    architecture: str,
-    *,
-    tensor_types: str | Mapping[str, str] = "F32",
-    kv_heads: int = 2,
-    tied: bool = True,
-    bias: bool = False,
-    rope_scaling: str | None = None,
-    window: int = 0,
-    seed: int = 0,
-    decoded: bool = False,
-    metadata: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, npt.NDArray[np.float32] | None] | None = None,
-) -> Path:
-    """Write a tiny random model.
-
-    Args:
-        path: the file to write.
-        architecture: ``llama`` or ``gemma3``.
-        tensor_types: the matrices' format, or formats by the tensor's kind (``attn_v``) with a ``default``.
-        kv_heads: key/value heads of the 4 heads.
-        tied: without ``output.weight``.
-        bias: with biases of q, k and v.
-        rope_scaling: ``linear``, ``yarn``, or ``llama3`` (a ``rope_freqs.weight``).
-        window: of the sliding-window layers; 0 for none.
-        seed: of the weights.
-        decoded: store every matrix as F32, with the values that its format decodes to.
-        metadata: keys to add or change, without the architecture's prefix; None takes a key away.
-        tensors: f32 tensors to add or change; None takes a tensor away.
-    """
-    rng = np.random.RandomState(seed)
-    types = tensor_types if isinstance(tensor_types, Mapping) else {"default": tensor_types}
-    writer = gguf.GGUFWriter(path, architecture)
-    settings = _settings(architecture, kv_heads, rope_scaling, window) | (metadata or {})
-    for key, value in settings.items():
-        if value is not None:
-            _add_value(writer, f"{architecture}.{key}", value)
-    _add_tokenizer(writer)
-    for name, shape in shapes(architecture, kv_heads, tied, bias, rope_scaling):
-        if len(shape) == 1:
-            kind, packed = Ggml.F32, _vector(name, shape[0], rng)
-        else:
-            kind = Ggml[types.get(name.split(".")[-2], types["default"])]
-            packed = _matrix(kind, shape, rng)
-        if name in (tensors or {}):
-            continue
-        if decoded:
-            packed, kind = gguf.dequantize(packed, kind).astype(np.float32), Ggml.F32
-        writer.add_tensor(name, packed, raw_dtype=kind)
-    for name, array in (tensors or {}).items():
-        if array is not None:
-            writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+INT8 = ("llama-bias-mins", "llama-k-m", "gemma3-window", "llama-formats", "gpt-oss-odd", "qwen3moe-odd")
+"""The variants that are compiled with int8 activations, too: all formats, in both backends' kernels for them."""
 
 
-def _settings(architecture: str, kv_heads: int, rope_scaling: str | None, window: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "context_length": CONTEXT,
-        "embedding_length": HIDDEN,
-        "block_count": LAYERS[architecture],
-        "feed_forward_length": FFN,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": kv_heads,
-        "attention.key_length": HEAD_DIM,
-        "attention.value_length": HEAD_DIM,
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        "rope.freq_base": 1e6 if architecture == "gemma3" else 1e4,
-    }
-    if architecture == "llama":
-        settings["rope.dimension_count"] = HEAD_DIM
-    if window:
-        settings["attention.sliding_window"] = window
-    if rope_scaling in ("linear", "yarn"):
-        settings |= {"rope.scaling.type": rope_scaling, "rope.scaling.factor": 4.0}
-    if rope_scaling == "yarn":
-        # So long that both ends of the ramp lie inside the head.
-        settings["rope.scaling.original_context_length"] = 2048
-    return settings
+def write_tiny_model(path: Path, architecture: str, **options: Any) -> Path:
+    """Write a tiny random model; options as of `Tiny` and `Tiny.write`."""
+    of_file = {key: options.pop(key) for key in ("decoded", "metadata", "tensors") if key in options}
+    return Tiny(architecture, **options).write(path, **of_file)
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+    add[list] = writer.add_array
     add[type(value)](key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    """SentencePiece: three special tokens, all bytes, and a few letters."""
-    letters = ["\u2581", *map(chr, range(ord("a"), ord("z") + 1)), *"ABCDEFGHIJKLMN"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    assert len(tokens) == VOCAB
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
+    """SentencePiece: three special tokens, all bytes, and letters."""
+    letters = ["\u2581", *map(chr, range(ord("a"), ord("z") + 1)), *map(chr, range(ord("A"), ord("Z") + 1))]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters][:vocab]
+    assert len(tokens) == vocab
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
-    writer.add_token_scores([-float(i) for i in range(VOCAB)])
-    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * len(letters)])
+    writer.add_token_scores([-float(i) for i in range(vocab)])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (vocab - 259)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
 
 
-def shapes(
-    architecture: str, kv_heads: int, tied: bool, bias: bool, rope_scaling: str | None
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's name and shape, in file order."""
-    heads, kv = HEADS * HEAD_DIM, kv_heads * HEAD_DIM
-    yield "token_embd.weight", (VOCAB, HIDDEN)
-    yield "output_norm.weight", (HIDDEN,)
-    if not tied:
-        yield "output.weight", (VOCAB, HIDDEN)
-    if rope_scaling == "llama3":
-        yield "rope_freqs.weight", (HEAD_DIM // 2,)
-    for i in range(LAYERS[architecture]):
-        yield f"blk.{i}.attn_norm.weight", (HIDDEN,)
-        for name, size in (("attn_q", heads), ("attn_k", kv), ("attn_v", kv)):
-            yield f"blk.{i}.{name}.weight", (size, HIDDEN)
-            if bias:
-                yield f"blk.{i}.{name}.bias", (size,)
-        if architecture == "gemma3":
-            yield f"blk.{i}.attn_q_norm.weight", (HEAD_DIM,)
-            yield f"blk.{i}.attn_k_norm.weight", (HEAD_DIM,)
-            yield f"blk.{i}.post_attention_norm.weight", (HIDDEN,)
-            yield f"blk.{i}.post_ffw_norm.weight", (HIDDEN,)
-        yield f"blk.{i}.attn_output.weight", (HIDDEN, heads)
-        yield f"blk.{i}.ffn_norm.weight", (HIDDEN,)
-        yield f"blk.{i}.ffn_gate.weight", (FFN, HIDDEN)
-        yield f"blk.{i}.ffn_up.weight", (FFN, HIDDEN)
-        yield f"blk.{i}.ffn_down.weight", (HIDDEN, FFN)
+def _vector(name: str, shape: tuple[int, ...], rng: np.random.RandomState) -> npt.NDArray[np.float32]:
+    if name.startswith(("rope_freqs", "rope_factors")):
+        return np.geomspace(1, 2 if "short" in name else 8, *shape).astype(np.float32)
+    noise = rng.standard_normal(shape)
+    if name.endswith("attn_sinks.weight"):
+        return noise.astype(np.float32)
+    if name.endswith(("gate_exps.bias", "up_exps.bias")):
+        return (3 * noise).astype(np.float32)  # so that some reach gpt-oss's clamps
+    return ((0 if name.endswith(".bias") else 1) + 0.2 * noise).astype(np.float32)
 
 
-def _vector(name: str, size: int, rng: np.random.RandomState) -> npt.NDArray[np.float32]:
-    if name == "rope_freqs.weight":
-        return np.geomspace(1, 8, size).astype(np.float32)
-    noise = 0.2 * rng.standard_normal(size)
-    return (noise if name.endswith(".bias") else 1 + noise).astype(np.float32)
-
-
-def _matrix(kind: Ggml, shape: tuple[int, ...], rng: np.random.RandomState) -> npt.NDArray[Any]:
-    """Random normal weights, packed; in a K-quant any codes, with the scales that give weights of that size."""
-    if kind not in _K_QUANTS:
-        values = (WEIGHT_SIZE * rng.standard_normal(shape)).astype(np.float32)
-        return values if kind is Ggml.F32 else gguf.quantize(values, kind)
-    scale_at, min_at, mean_code = _K_QUANTS[kind]
-    count = shape[0] * shape[1] // _SUPER_BLOCK
-    blocks = rng.randint(0, 256, (count, gguf.GGML_QUANT_SIZES[kind][1])).astype(np.uint8)
-    size = rng.uniform(0.7, 1.3, (count, 1))
-
-    def set_scales(unit: float) -> None:
-        _put_half(blocks, scale_at, unit * size)
-        if min_at is not None:
-            _put_half(blocks, min_at, unit * mean_code * size)
-
-    set_scales(1e-3)
-    set_scales(1e-3 * WEIGHT_SIZE / float(gguf.dequantize(blocks, kind).std(dtype=np.float64)))
-    return blocks.reshape(shape[0], -1)
-
-
-def _put_half(blocks: npt.NDArray[np.uint8], offset: int, values: npt.NDArray[np.float64]) -> None:
-    blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8)
+__all__ = [
+    "ARCHITECTURES",
+    "CONTEXT",
+    "FFN",
+    "FORMATS",
+    "HEADS",
+    "HEAD_DIM",
+    "HIDDEN",
+    "INT8",
+    "ROWS",
+    "TEXT",
+    "VARIANTS",
+    "VOCAB",
+    "Tiny",
+    "shapes",
+    "write_tiny_model",
+]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlxc.dtypes import WEIGHT_TYPES, DType
+from rlxc.dtypes import ENCODABLE, DType
 from rlxc.errors import OptionError
 from rlxc.ir import parse
 from rlxc.passes import ChooseLoraStrategy, Delta, LoraMode, Replacement
@@ -82,7 +82,7 @@ def test_without_adapters_there_is_nothing_to_decide() -> None:
     assert "lora_strategy" not in ChooseLoraStrategy({}, "auto", {}).run(parse(GRAPH)).facts
 
 
-@pytest.mark.parametrize("dtype", WEIGHT_TYPES)
+@pytest.mark.parametrize("dtype", ENCODABLE)
 def test_error_of_a_format_is_what_encoding_costs(dtype: DType) -> None:
     values = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
     encoded = FORMATS[dtype].decode(encode(dtype, values), 1024)

@@ -56,8 +56,29 @@ weight @bg: f32[6]
 weight @bu: f32[6]
 """
 
+
+def halves(activation: str = "Silu", gate: int = 6, up: int = 6, operands: str = "%act, %up") -> str:
+    return f"""{HEAD}
+        weight @w: q8_0[{gate + up}, 32]
+        %both = DequantMatMul(%x, @w)
+        %gate, %up = Split(%both; sizes=({gate}, {up}))
+        %act = {activation}(%gate)
+        %y = Mul({operands})
+        output %y
+        """
+
+
 CASES = {
     "silu": (before(), after()),
+    "halves of one product": (
+        halves("Gelu"),
+        f"""{HEAD}
+        weight @w: q8_0[12, 32]
+        %both = DequantMatMul(%x, @w)
+        %y = Glu(%both; activation='gelu')
+        output %y
+        """,
+    ),
     "gelu": (before(activation="Gelu"), after(activation="gelu")),
     "the other order": (before(operands="%up, %act"), after()),
     "formats of one storage": (before("q5_0"), after("q5_0")),
@@ -84,6 +105,11 @@ LEFT_ALONE = {
     "a part is also used elsewhere": before() + "%more = Sqrt(%gate)\noutput %more",
     "stay apart: a part is also used elsewhere": before() + "output %act",
     "their sizes differ": before().replace("@wu: q8_0[6, 32]", "@wu: q8_0[1, 32]"),
+    "stay split: their sizes differ": halves(up=1),
+    "stay split: the gate is not the first of two halves": halves()
+    .replace("Silu(%gate)", "Silu(%up)")
+    .replace("Mul(%act, %up)", "Mul(%act, %gate)"),
+    "stay split: a part is also used elsewhere": halves() + "%more = Sqrt(%up)\noutput %more",
 }
 
 NO_MATCH = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from model_graphs import MODELS
 
 from rlxc.errors import OptionError, VerifyError
 from rlxc.ir import Graph, Node, ops, parse, show
@@ -170,13 +172,13 @@ def test_trace_tells_each_pass_and_each_near_match(features: TargetFeatures, mod
 
 # --- whole models -------------------------------------------------------------------------------------------------
 
-MODELS = [("llama", {}), ("llama", {"bias": True, "factors": True}), ("gemma3", {})]
+every_model = pytest.mark.parametrize(("architecture", "options"), MODELS.values(), ids=MODELS)
 
 
-@pytest.mark.parametrize(("architecture", "options"), MODELS)
+@every_model
 def test_logits_in_steps_equal_one_pass_of_the_model(
     architecture: str,
-    options: dict[str, bool],
+    options: dict[str, Any],
     features: TargetFeatures,
     model_graph: ModelGraph,
     same_logits_in_steps: Callable[..., None],
@@ -185,12 +187,12 @@ def test_logits_in_steps_equal_one_pass_of_the_model(
     same_logits_in_steps(graph, run_passes(graph, pipeline(features)).graph, STEPS)
 
 
-@pytest.mark.parametrize(("architecture", "options"), MODELS)
+@every_model
 @pytest.mark.parametrize("fused", [True, False])
 def test_logits_in_steps_over_pages_equal_one_pass_of_the_model(
     fused: bool,
     architecture: str,
-    options: dict[str, bool],
+    options: dict[str, Any],
     features: TargetFeatures,
     model_graph: ModelGraph,
     same_logits_in_steps: Callable[..., None],
@@ -237,10 +239,10 @@ def test_layers_that_share_caches_keep_their_logits(
     same_logits_in_steps(graph, result.graph, STEPS)
 
 
-@pytest.mark.parametrize(("architecture", "options"), MODELS)
+@every_model
 def test_logits_for_a_target_without_fused_ops_are_the_same(
     architecture: str,
-    options: dict[str, bool],
+    options: dict[str, Any],
     model_graph: ModelGraph,
     same_logits_in_steps: Callable[..., None],
 ) -> None:
@@ -248,12 +250,12 @@ def test_logits_for_a_target_without_fused_ops_are_the_same(
     same_logits_in_steps(graph, run_passes(graph, pipeline(TargetFeatures())).graph, STEPS)
 
 
-@pytest.mark.parametrize(("architecture", "options"), MODELS)
+@every_model
 @pytest.mark.parametrize("page_size", [None, 4])
 def test_graph_that_went_through_goes_through_unchanged(
     page_size: int | None,
     architecture: str,
-    options: dict[str, bool],
+    options: dict[str, Any],
     features: TargetFeatures,
     model_graph: ModelGraph,
 ) -> None:
@@ -275,15 +277,17 @@ def test_same_model_gives_the_same_text_facts_and_trace(
     assert traces[0] == traces[1]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@every_model
 def test_large_model_goes_through_whole(
-    architecture: str, features: TargetFeatures, model_graph: ModelGraph
+    architecture: str, options: dict[str, Any], features: TargetFeatures, model_graph: ModelGraph
 ) -> None:
-    result = run_passes(model_graph(architecture, 60), pipeline(features))
+    result = run_passes(model_graph(architecture, 60, **options), pipeline(features))
     counts = Counter(node.op.name for node in result.graph.nodes)
-    assert counts["GroupQueryAttention"] == counts["Glu"] == counts["Split"] == 60
+    assert counts["GroupQueryAttention"] == counts["Split"] == 60
+    assert counts["Glu"] == (0 if "experts" in options or architecture == "starcoder2" else 60)
     assert counts["Attention"] == counts["Rope"] == counts["Positions"] == counts["KvWrite"] == 0
-    assert counts["SelectRows"] == 2
+    # Of the last layer's attention, and of what it and, in parallel, the MLP are added to.
+    assert counts["SelectRows"] == (3 if "parallel" in options else 2)
     assert len(result.facts["kv_cache"]["layers"]) == 60
 
 

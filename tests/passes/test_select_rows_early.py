@@ -19,6 +19,20 @@ weight @v: f32[8, 8]
 weight @b: f32[8]
 """
 
+EXPERTS = """
+        weight @wr: f32[3, 8]
+        weight @wu: q8_0[3, 32, 8]
+        weight @wd: q8_0[3, 8, 32]
+        weight @wb: f32[3, 8]
+        %a = LayerNorm(%x, @n; eps=1.0)
+        %scores = MatMul(%a, @wr)
+        %experts, %weights = Route(%scores; used=2)
+        %up = ExpertMatMul(%a, @wu, %experts)
+        %act = Silu(%up)
+        %down = ExpertMatMul(%act, @wd, %experts, @wb)
+        %mixed = MixExperts(%down, %weights)
+        """
+
 CASES = {
     "through a block, with the residual it adds": (
         """
@@ -102,6 +116,44 @@ CASES = {
         %a.rows = Mul(%two, %x.rows)
         %last = Add(%a.rows, @b)
         output %last
+        """,
+    ),
+    "a mixture of experts": (
+        f"""
+        {EXPERTS}
+        %last = SelectRows(%mixed, %rows)
+        output %last
+        """,
+        """
+        weight @wr: f32[3, 8]
+        weight @wu: q8_0[3, 32, 8]
+        weight @wd: q8_0[3, 8, 32]
+        weight @wb: f32[3, 8]
+        %x.rows = SelectRows(%x, %rows)
+        %a.rows = LayerNorm(%x.rows, @n; eps=1.0)
+        %scores.rows = MatMul(%a.rows, @wr)
+        %experts.rows, %weights.rows = Route(%scores.rows; used=2)
+        %up.rows = ExpertMatMul(%a.rows, @wu, %experts.rows)
+        %act.rows = Silu(%up.rows)
+        %down.rows = ExpertMatMul(%act.rows, @wd, %experts.rows, @wb)
+        %last = MixExperts(%down.rows, %weights.rows)
+        output %last
+        """,
+    ),
+    "experts that are also read elsewhere": (
+        f"""
+        {EXPERTS}
+        %c = SoftCap(%mixed; cap=2.0)
+        %last = SelectRows(%c, %rows)
+        output %last
+        output %experts
+        """,
+        f"""
+        {EXPERTS}
+        %mixed.rows = SelectRows(%mixed, %rows)
+        %last = SoftCap(%mixed.rows; cap=2.0)
+        output %last
+        output %experts
         """,
     ),
 }

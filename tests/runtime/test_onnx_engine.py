@@ -41,7 +41,7 @@ def engine(kv_cache: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("rings")
     model = tiny["VARIANTS"]["gemma3-window"].write(folder / "model.gguf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlxc.compiler.MAX_STEP", MAX_STEP)
+        patch.setattr("rlxc.lowering.MAX_STEP", MAX_STEP)
         rlxc.compile(
             model,
             folder / "model.rlx",

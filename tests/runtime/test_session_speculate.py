@@ -140,7 +140,7 @@ def test_interrupted_verification_leaves_no_guesses_behind(
     assert target.snapshot().tokens.tolist() == [*PROMPT, *stream.completion().ids]
 
 
-@pytest.mark.parametrize("speculate", ["magic", "", 5, object()], ids=repr)
+@pytest.mark.parametrize("speculate", ["magic", "", 5, object()], ids=["name", "empty", "number", "object"])
 def test_what_guesses_nothing_is_refused(session: Session, speculate: Any) -> None:
     with pytest.raises(OptionError, match=r"speculate is .*; write 'ngram', or give a drafter: ModelDrafter"):
         session.generate(PROMPT, speculate=speculate)

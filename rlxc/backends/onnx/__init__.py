@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
+from onnx import ModelProto
 
 from rlxc.artifact import ArtifactWriter, Library, Manifest
-from rlxc.backends import BuildOptions
+from rlxc.backends import BuildOptions, StoredAs
 from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.genai import companion_files
 from rlxc.backends.onnx.model import build_model
+from rlxc.backends.onnx.planning import Nowhere, describe_weights, plan_weights
 from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.backends.onnx.storage import Storage, storage_name
-from rlxc.backends.onnx.weights import write_weights
+from rlxc.backends.onnx.weights import Stored, write_weights
 from rlxc.backends.recipes import Losses, ReadBytes
 from rlxc.dtypes import DType
 from rlxc.errors import OptionError
@@ -65,32 +67,54 @@ class OnnxBackend:
         Raises:
             OptionError: a target was named.
         """
-        if options.target != "native":
-            raise OptionError(
-                f"target {options.target!r} is unknown", remedy="the onnx backend has one target: native"
-            )
+        _check_target(options)
+        with writer.file("weights.bin") as sink:
+            file = WeightsFile("weights.bin", sink)
+            stored = write_weights(graph, read, file, progress, losses)
+            model = self._model(graph, stored, file, read, options)
+        with writer.file("model.onnx") as sink:
+            sink.write(model.SerializeToString(deterministic=True))
+        return ()
 
+    def check(self, graph: Graph, read: ReadBytes, options: BuildOptions) -> None:
+        """Raise what `build` would raise for such a graph and such options, without writing anything."""
+        _check_target(options)
+        self._model(graph, plan_weights(graph), WeightsFile("", Nowhere()), read, options)
+
+    def storage(self, graph: Graph, activations: str) -> dict[str, StoredAs]:
+        """How each weight of a graph is stored and used, whatever activations are."""
+        return describe_weights(graph)
+
+    def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
+        """Files that let onnxruntime-genai load the artifact too; nothing where a model has no end token."""
+        return companion_files(manifest) if manifest.tokenizer.eos_ids else {}
+
+    def _model(
+        self,
+        graph: Graph,
+        stored: Mapping[str, Stored],
+        file: WeightsFile,
+        read: ReadBytes,
+        options: BuildOptions,
+    ) -> ModelProto:
         def read_floats(name: str) -> npt.NDArray[np.float32]:
             recipe = graph.weight[name].recipe
             assert isinstance(recipe, Source)
             return read(recipe.tensor).view("<f4")
 
-        with writer.file("weights.bin") as sink:
-            file = WeightsFile("weights.bin", sink)
-            stored = write_weights(graph, read, file, progress, losses)
-            model = build_model(
-                graph,
-                stored,
-                file,
-                read_floats,
-                runtime=self._runtime,
-                int8=options.activations == "int8",
-                context=options.context,
-            )
-        with writer.file("model.onnx") as sink:
-            sink.write(model.SerializeToString(deterministic=True))
-        return ()
+        return build_model(
+            graph,
+            stored,
+            file,
+            read_floats,
+            runtime=self._runtime,
+            int8=options.activations == "int8",
+            context=options.context,
+        )
 
-    def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
-        """Files that let onnxruntime-genai load the artifact too; nothing where a model has no end token."""
-        return companion_files(manifest) if manifest.tokenizer.eos_ids else {}
+
+def _check_target(options: BuildOptions) -> None:
+    if options.target != "native":
+        raise OptionError(
+            f"target {options.target!r} is unknown", remedy="the onnx backend has one target: native"
+        )

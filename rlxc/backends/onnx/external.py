@@ -34,6 +34,11 @@ class Region:
     offset: int
     length: int
 
+    def part(self, number: int, parts: int) -> Region:
+        """One of so many equal parts."""
+        length = self.length // parts
+        return Region(self.offset + number * length, length)
+
 
 class WeightsFile:
     """Writes regions, and describes them as ONNX initializers. Several tensors may describe the same region."""

@@ -9,8 +9,12 @@ import json
 
 from rlxc.artifact import Manifest
 
-_TYPES = {"gemma3": "gemma3_text"}
-"""onnxruntime-genai's name for an architecture, where it differs from GGUF's."""
+_TYPE = "decoder"
+"""onnxruntime-genai's type of any model that maps ids and caches to logits.
+
+Types named after architectures do no more, or too much: ``phi3`` computes a sequence anew when it passes 4096 tokens,
+for models that have two sets of rope factors.
+"""
 
 
 def companion_files(manifest: Manifest) -> dict[str, bytes]:
@@ -47,7 +51,7 @@ def companion_files(manifest: Manifest) -> dict[str, bytes]:
     eos = list(tokens.eos_ids)
     config = {
         "model": {
-            "type": _TYPES.get(manifest.model.architecture, manifest.model.architecture),
+            "type": _TYPE,
             "bos_token_id": eos[0] if tokens.bos_id is None else tokens.bos_id,
             "eos_token_id": eos,
             "pad_token_id": eos[0],

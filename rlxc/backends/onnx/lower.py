@@ -6,20 +6,23 @@ What is and is not used, and why, is measured in docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from rlxc.backends.onnx.attention import attend
+from rlxc.backends.onnx.experts import ExpertRuns, mix, route
 from rlxc.backends.onnx.external import Region, WeightsFile
 from rlxc.backends.onnx.lora import MICROSOFT, SidePaths
 from rlxc.backends.onnx.runtime import Runtime
 from rlxc.backends.onnx.weights import Stored, StoredFloat, StoredIndices, StoredPacked
 from rlxc.dtypes import DType
 from rlxc.errors import UnsupportedError
-from rlxc.ir import Graph, Node, RopeSpec, ops
+from rlxc.ir import Graph, Node, RopeSpec, TensorType, ops
 from rlxc.weights.formats import FORMATS
 
 _QUANT_TYPES = {DType.FP4: 0, DType.NF4: 1}
@@ -32,8 +35,20 @@ ReadFloats = Callable[[str], npt.NDArray[np.float32]]
 """Gives a small f32 weight's values, by its name."""
 
 
+@dataclass
+class _Scope:
+    """What a graph, or a branch of it, is made of so far; ``known`` are values that are computed once for all users."""
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+
+
 class Lowering:
-    """Collects the nodes and initializers of one graph while its ops are lowered one by one."""
+    """Collects the nodes and initializers of one graph while its ops are lowered one by one.
+
+    ``types`` and ``stored`` are of the graph's values and weights, and of the parts of them that branches read.
+    """
 
     def __init__(
         self,
@@ -47,23 +62,61 @@ class Lowering:
         context: int,
     ) -> None:
         self.runtime = runtime
-        self.graph, self.stored, self.file, self.read_floats = graph, stored, file, read_floats
+        self.graph, self.file, self.read_floats = graph, file, read_floats
+        self.types: dict[str, TensorType] = dict(graph.types)
+        self.stored: dict[str, Stored] = dict(stored)
         self.accuracy_level = 4 if int8 else 1
         self.context = context
-        self.nodes: list[NodeProto] = []
-        self.initializers: dict[str, TensorProto] = {}
+        self._whole = self._scope = _Scope()
+        self._node_count = 0
         self.side_paths = SidePaths(self)
         self._rope_tables: dict[tuple[RopeSpec, str], tuple[str, str]] = {}
-        self._block_sums: set[str] = set()
-        self._casts: set[str] = set()
-        self._lengths: list[str] = []
+
+    @property
+    def nodes(self) -> list[NodeProto]:
+        """The graph's nodes so far."""
+        return self._whole.nodes
+
+    @property
+    def initializers(self) -> dict[str, TensorProto]:
+        """The graph's initializers so far, by name."""
+        return self._whole.initializers
+
+    def lower_nodes(self) -> None:
+        """Append the ONNX nodes of the whole graph.
+
+        Raises:
+            UnsupportedError: an op has no ONNX equivalent.
+        """
+        runs = ExpertRuns(self, lower)
+        for node in self.graph.nodes:
+            if not runs.take(node):
+                lower(node.op, node, self)
+        runs.finish()
+
+    def branch(self, name: str, widths: Mapping[str, int], build: Callable[[], None]) -> GraphProto:
+        """A subgraph of what ``build`` adds, which owns the weights that it reads.
+
+        ``widths`` are those of its results, f32 ``[1, rows, width]``.
+        """
+        outer, self._scope = self._scope, _Scope(known=set(self._scope.known))
+        build()
+        scope, self._scope = self._scope, outer
+        results = [
+            helper.make_tensor_value_info(result, TensorProto.FLOAT, (1, None, width))
+            for result, width in widths.items()
+        ]
+        return helper.make_graph(scope.nodes, name, [], results, list(scope.initializers.values()))
 
     def add(
         self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any
     ) -> None:
         """Append an ONNX node."""
-        name = f"{op}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
+        name = f"{op}_{self._node_count}"
+        self._node_count += 1
+        self._scope.nodes.append(
+            helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes)
+        )
 
     def constant(self, name: str, array: npt.NDArray[np.generic]) -> str:
         """A small initializer inside the model file."""
@@ -77,29 +130,33 @@ class Lowering:
 
     def width(self, name: str) -> int:
         """The last dimension of a value or weight, which is always a number."""
-        return int(self.graph.types[name].shape[-1])
+        return int(self.types[name].shape[-1])
 
     def external(self, name: str, data_type: int, dims: tuple[int, ...], region: Region) -> str:
         """An initializer in the weights file."""
-        if name not in self.initializers:
-            self.initializers[name] = self.file.tensor(name, data_type, dims, region)
+        if name not in self._scope.initializers:
+            self._scope.initializers[name] = self.file.tensor(name, data_type, dims, region)
         return name
 
     def float_weight(self, name: str) -> str:
         """A weight in a float format, cast to f32 where it is narrower (ONNX Runtime does that once, at load)."""
         stored = self.stored[name]
         assert isinstance(stored, StoredFloat)
-        shape = self.graph.weight[name].type.shape
-        tensor = self.external(name, stored.data_type, tuple(map(int, shape)), stored.region)
+        tensor = self.external(name, stored.data_type, stored.shape, stored.region)
         return tensor if stored.data_type == TensorProto.FLOAT else self.cast(tensor, DType.F32)
 
     def cast(self, name: str, dtype: DType) -> str:
         """A value as another type of floats."""
         cast = f"{name}.{dtype}"
-        if cast not in self._casts:
-            self._casts.add(cast)
+        if self.is_new(cast):
             self.add("Cast", [name], [cast], to=FLOAT_TYPES[dtype])
         return cast
+
+    def is_new(self, name: str) -> bool:
+        """Whether a value that many may use has not been computed yet; the first who asks has to."""
+        new = name not in self._scope.known
+        self._scope.known.add(name)
+        return new
 
     def packed_inputs(self, name: str, weight: StoredPacked, *, gather: bool) -> list[str]:
         """Codes and scales as ``MatMulNBits`` takes them, or, with zero points, ``GatherBlockQuantized``."""
@@ -109,36 +166,21 @@ class Lowering:
         codes = self.external(f"{name}.{suffix}", TensorProto.UINT8, (weight.rows, *packed), weight.codes)
         inputs = [
             codes,
-            self.external(f"{name}.scales", TensorProto.FLOAT, (weight.rows, blocks), weight.scales),
+            self.by_block(f"{name}.scales", weight, weight.scales),
         ]
         if gather and weight.zero_points is not None:
             dims = (weight.rows, -(-blocks * s.bits // 8))
             inputs.append(self.external(f"{name}.zero_points", TensorProto.UINT8, dims, weight.zero_points))
         return inputs
 
-    def mins(self, name: str, weight: StoredPacked) -> str:
-        """The minimums of a packed weight, ``[rows, blocks]``."""
-        assert weight.mins is not None
-        return self.external(f"{name}.mins", TensorProto.FLOAT, (weight.rows, weight.blocks), weight.mins)
-
-    def lengths(self) -> list[str]:
-        """Last positions and total length, which attention asks for, from ``attention_mask [batch, total]``."""
-        if not self._lengths:
-            self._lengths = ["last_positions", "total_length"]
-            one = self.constant("one", np.array([1]))
-            self.add("ReduceSum", ["attention_mask", one], ["mask_sums"], keepdims=0)
-            self.add("Sub", ["mask_sums", one], ["last_positions.i64"])
-            self.add("Cast", ["last_positions.i64"], [self._lengths[0]], to=TensorProto.INT32)
-            self.add("Shape", ["attention_mask"], ["mask_shape"])
-            self.add("Gather", ["mask_shape", self.constant("index_one", np.array(1))], ["total_length.i64"])
-            self.add("Cast", ["total_length.i64"], [self._lengths[1]], to=TensorProto.INT32)
-        return self._lengths
+    def by_block(self, name: str, weight: StoredPacked, region: Region) -> str:
+        """A float for each block of a packed weight, ``[rows, blocks]``."""
+        return self.external(name, TensorProto.FLOAT, (weight.rows, weight.blocks), region)
 
     def block_sums(self, x: str, block: int) -> str:
         """The sums of x over each ``block`` of its last dimension, computed once for all weights that need them."""
         sums = f"{x}.sums.{block}"
-        if sums not in self._block_sums:
-            self._block_sums.add(sums)
+        if self.is_new(sums):
             blocks = self.width(x) // block
             self.add("Reshape", [x, self.shape(blocks, block)], [f"{x}.blocks.{block}"])
             last_axis = self.constant("last_axis", np.array([-1]))
@@ -211,6 +253,28 @@ def _(op: ops.Gelu, node: Node, to: Lowering) -> None:
 
 
 @lower.register
+def _(op: ops.SoftCap, node: Node, to: Lowering) -> None:
+    (x,), (out,) = node.inputs, node.outputs
+    cap = to.constant(f"cap.{op.cap}", np.array(op.cap, np.float32))
+    to.add("Div", [x, cap], [f"{out}.of_cap"])
+    to.add("Tanh", [f"{out}.of_cap"], [f"{out}.tanh"])
+    to.add("Mul", [f"{out}.tanh", cap], [out])
+
+
+@lower.register
+def _(op: ops.ClampedSwiglu, node: Node, to: Lowering) -> None:
+    (gate, up), (out,) = node.inputs, node.outputs
+    low, high = (
+        to.constant(f"limit.{limit}", np.array(limit, np.float32)) for limit in (-op.limit, op.limit)
+    )
+    to.add("Min", [gate, high], [f"{out}.gate"])
+    to.add("Clip", [up, low, high], [f"{out}.up"])
+    to.add("QuickGelu", [f"{out}.gate"], [f"{out}.active"], MICROSOFT, alpha=op.alpha)
+    to.add("Add", [f"{out}.up", to.constant("one.f32", np.array(1, np.float32))], [f"{out}.up_one"])
+    to.add("Mul", [f"{out}.active", f"{out}.up_one"], [out])
+
+
+@lower.register
 def _(op: ops.Glu, node: Node, to: Lowering) -> None:
     (x,), (out,) = node.inputs, node.outputs
     gate, up, active = (f"{out}.{part}" for part in ("gate", "up", "active"))
@@ -234,14 +298,17 @@ def _(op: ops.RmsNorm, node: Node, to: Lowering) -> None:
 
 
 @lower.register
+def _(op: ops.LayerNorm, node: Node, to: Lowering) -> None:
+    to.add("LayerNormalization", _values(node, to), list(node.outputs), epsilon=op.eps)
+
+
+@lower.register
 def _(op: ops.Embed, node: Node, to: Lowering) -> None:
     ids, table = node.inputs
     out = node.outputs[0]
     stored = to.stored[table]
     if isinstance(stored, StoredFloat):
-        tensor = to.external(
-            table, stored.data_type, tuple(map(int, to.graph.weight[table].type.shape)), stored.region
-        )
+        tensor = to.external(table, stored.data_type, stored.shape, stored.region)
         to.add("Gather", [tensor, ids], [f"{out}.stored"], axis=0)
         to.add("Cast", [f"{out}.stored"], [out], to=TensorProto.FLOAT)
         return
@@ -249,16 +316,24 @@ def _(op: ops.Embed, node: Node, to: Lowering) -> None:
         _gather_indices(ids, table, stored, out, to)
         return
     s = stored.storage
-    centred = out if stored.mins is None else f"{out}.centred"
-    codes, *rest = to.packed_inputs(table, stored, gather=True)
+    partial = stored.mins is not None or s.rest != 0
+    gathered = f"{out}.gathered" if partial else out
+    codes, scales, *rest = to.packed_inputs(table, stored, gather=True)
     attributes = {"bits": s.bits, "block_size": s.block, "gather_axis": 0, "quantize_axis": 1}
-    to.add("GatherBlockQuantized", [codes, ids, *rest], [centred], MICROSOFT, **attributes)
-    if stored.mins is None:
+    to.add("GatherBlockQuantized", [codes, ids, scales, *rest], [gathered], MICROSOFT, **attributes)
+    if not partial:
         return
-    to.add("Gather", [to.mins(table, stored), ids], [f"{out}.mins"], axis=0)
-    to.add("Unsqueeze", [f"{out}.mins", to.constant("last_axis", np.array([-1]))], [f"{out}.min_blocks"])
-    to.add("Reshape", [centred, to.shape(stored.blocks, s.block)], [f"{out}.blocks"])
-    to.add("Sub", [f"{out}.blocks", f"{out}.min_blocks"], [f"{out}.decoded"])
+    if stored.mins is None:
+        remainder = to.constant(f"remainder.{s.remainder}", np.array(s.remainder, np.float32))
+        to.add("Gather", [scales, ids], [f"{out}.scales"], axis=0)
+        to.add("Mul", [f"{out}.scales", remainder], [f"{out}.missing"])
+    else:
+        mins = to.by_block(f"{table}.mins", stored, stored.mins)
+        to.add("Gather", [mins, ids], [f"{out}.mins"], axis=0)
+        to.add("Neg", [f"{out}.mins"], [f"{out}.missing"])
+    to.add("Unsqueeze", [f"{out}.missing", to.constant("last_axis", np.array([-1]))], [f"{out}.by_block"])
+    to.add("Reshape", [gathered, to.shape(stored.blocks, s.block)], [f"{out}.blocks"])
+    to.add("Add", [f"{out}.blocks", f"{out}.by_block"], [f"{out}.decoded"])
     to.add("Reshape", [f"{out}.decoded", to.shape(stored.columns)], [out])
 
 
@@ -300,7 +375,7 @@ def _(op: ops.DequantMatMul, node: Node, to: Lowering) -> None:
         return
     assert isinstance(weight, StoredPacked)
     s = weight.storage
-    product = out if weight.mins is None else f"{out}.product"
+    product = f"{out}.product" if s.centre or s.has_mins else out
     inputs = [x, *to.packed_inputs(name, weight, gather=False)]
     if bias:
         inputs += ["", "", to.float_weight(bias[0])]
@@ -315,15 +390,27 @@ def _(op: ops.DequantMatMul, node: Node, to: Lowering) -> None:
         block_size=s.block,
         accuracy_level=to.accuracy_level,
     )
-    if weight.mins is None:
+    if product == out:
         return
-    # ONNX Runtime computes the offsets once, at load.
-    centre = to.constant(f"centre.{s.centre}", np.array(s.centre, np.float32))
-    to.add("Mul", [inputs[2], centre], [f"{out}.centres"])
-    to.add("Sub", [f"{out}.centres", to.mins(name, weight)], [f"{out}.offsets"])
+    offsets, factor = _offsets(inputs[2], node, weight, to)
     sums = to.block_sums(x, s.block)
-    to.add("FusedMatMul", [sums, f"{out}.offsets"], [f"{out}.offset"], MICROSOFT, transB=1)
+    to.add("FusedMatMul", [sums, offsets], [f"{out}.offset"], MICROSOFT, transB=1, alpha=factor)
     to.add("Add", [product, f"{out}.offset"], [out])
+
+
+def _offsets(scales: str, node: Node, weight: StoredPacked, to: Lowering) -> tuple[str, float]:
+    """What a product leaves out of each block, as a matrix and a factor of it."""
+    name, out, centre = node.inputs[1], node.outputs[0], weight.storage.centre
+    if weight.offsets is not None:
+        return to.by_block(f"{name}.offsets", weight, weight.offsets), 1.0
+    if weight.mins is None:
+        return scales, centre
+    # ONNX Runtime computes these once, at load.
+    by_block = to.constant(f"centre.{centre}", np.array(centre, np.float32))
+    to.add("Mul", [scales, by_block], [f"{out}.centres"])
+    mins = to.by_block(f"{name}.mins", weight, weight.mins)
+    to.add("Sub", [f"{out}.centres", mins], [f"{out}.offsets"])
+    return f"{out}.offsets", 1.0
 
 
 def _multiply_indices(node: Node, weight: StoredIndices, to: Lowering) -> None:
@@ -378,32 +465,17 @@ def _(op: ops.SelectRows, node: Node, to: Lowering) -> None:
 
 @lower.register
 def _(op: ops.GroupQueryAttention, node: Node, to: Lowering) -> None:
-    if op.layout == "paged":
-        raise UnsupportedError("the ONNX backend has no paged caches", source=f"%{node.outputs[0]}")
-    q, k, v, key_cache, value_cache, _, *factors = node.inputs
-    cache = to.graph.types[key_cache]
-    if cache.dtype not in FLOAT_TYPES:
-        raise UnsupportedError(
-            f"the ONNX backend has no caches of {cache.dtype}", source=f"%{node.outputs[0]}"
-        )
-    attributes: dict[str, Any] = {"num_heads": op.heads, "kv_num_heads": cache.shape[1], "scale": op.scale}
-    floats, tables = [q, k, v], []
-    if op.rope is not None:
-        tables = to.rope_tables(op.rope, *factors)
-        attributes |= {"do_rotary": 1, "rotary_interleaved": int(op.rope.interleaved)}
-    if op.window is not None:
-        attributes["local_window_size"] = op.window if to.runtime.counts_own_key else op.window - 1
-    if op.layout == "ring":
-        attributes["sliding_window_cache"] = 1
-    out, *presents = node.outputs
-    result = out
-    if cache.dtype is not DType.F32:  # The op computes in its cache's type.
-        floats, tables = ([to.cast(name, cache.dtype) for name in names] for names in (floats, tables))
-        result = f"{out}.{cache.dtype}"
-    inputs = [*floats, key_cache, value_cache, *to.lengths(), *tables]
-    to.add("GroupQueryAttention", inputs, [result, *presents], MICROSOFT, **attributes)
-    if result != out:
-        to.add("Cast", [result], [out], to=TensorProto.FLOAT)
+    attend(op, node, to)
+
+
+@lower.register
+def _(op: ops.Route, node: Node, to: Lowering) -> None:
+    route(op, node, to)
+
+
+@lower.register
+def _(op: ops.MixExperts, node: Node, to: Lowering) -> None:
+    mix(node, to)
 
 
 def _values(node: Node, to: Lowering) -> list[str]:

@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.lora import MICROSOFT
-from rlxc.backends.onnx.lower import FLOAT_TYPES, Lowering, ReadFloats, lower
+from rlxc.backends.onnx.lower import FLOAT_TYPES, Lowering, ReadFloats
 from rlxc.backends.onnx.runtime import Runtime
 from rlxc.backends.onnx.weights import Stored
 from rlxc.dtypes import DType
@@ -52,8 +52,7 @@ def build_model(
         UnsupportedError: an op has no ONNX equivalent.
     """
     to = Lowering(graph, stored, file, read_floats, runtime=runtime, int8=int8, context=context)
-    for node in graph.nodes:
-        lower(node.op, node, to)
+    to.lower_nodes()
     inputs = []
     for value in graph.inputs:
         if value.name == "past_length":

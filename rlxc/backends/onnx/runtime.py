@@ -1,4 +1,4 @@
-"""Which ONNX Runtime a model is for: its GroupQueryAttention changed meaning on the way to 1.31."""
+"""Which ONNX Runtime a model is for: some of its ops changed on the way to 1.31."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ class Runtime:
     """A range of versions that run the same models.
 
     ``has_ring`` tells whether GroupQueryAttention can keep a window in a ring; ``counts_own_key`` whether its window
-    includes the query's own key. The manifest names the range, and the engine refuses a model for the other.
+    includes the query's own key; ``sorts_nothing`` whether TopK can be given no rows, which ends the old one's process.
+    The manifest names the range, and the engine refuses a model for the other.
     """
 
     name: str
     has_ring: bool
     counts_own_key: bool
+    sorts_nothing: bool
 
 
-CURRENT = Runtime("onnxruntime>=1.31", has_ring=True, counts_own_key=True)
-FOR_PYTHON_3_10 = Runtime("onnxruntime<1.24", has_ring=False, counts_own_key=False)
+CURRENT = Runtime("onnxruntime>=1.31", has_ring=True, counts_own_key=True, sorts_nothing=True)
+FOR_PYTHON_3_10 = Runtime("onnxruntime<1.24", has_ring=False, counts_own_key=False, sorts_nothing=False)
 
 
 def installed_runtime() -> Runtime:

@@ -1,24 +1,30 @@
-"""How ONNX Runtime stores a packed weight: the very same codes, in the layout that ``MatMulNBits`` multiplies fast.
+"""How ONNX Runtime stores a packed weight: the very same integers, in the layout that ``MatMulNBits`` multiplies fast.
 
-Every block format decodes to small integers times an f32 scale per sub-block, less an f32 minimum per sub-block.
-The integers become unsigned codes of 4 or 8 bits with one zero point for the whole weight (a float zero point, or
-one per sub-block that holds the minimum, would fall off the fast path); the minimums become a small second matrix
-over the sub-blocks' sums of x. Codes of a format with minimums start at 0, but the product takes their middle, the
-``centre``, for zero, and the second matrix gives it back:
+Every block format but two decodes to small integers (its codes, or the values of its codebook) times an f32 scale per
+sub-block, less an f32 minimum per sub-block. The integers become unsigned numbers of 4 or 8 bits with one zero point
+for the whole weight (a float zero point, or one per sub-block that holds the minimum, would fall off the fast path);
+the minimums become a small second matrix over the sub-blocks' sums of x. Codes of a format with minimums start at 0,
+but the product takes their middle, the ``centre``, for zero, and the second matrix gives it back:
 
     y = sum_b scale_b * (codes_b - centre) . x_b  +  sum_b (centre * scale_b - min_b) * sum(x_b)
 
 The error of rounding x to int8 grows with what multiplies x: about zero, that is the weight's own size, and not the
 several times larger distance from its minimum.
 
-Codes of NF4 and FP4 are no integers but indices into a codebook: ``MatMulBnb4`` multiplies them, always in f32. It
-decodes the whole matrix in each call, and so it is slow.
+Where all values are odd and at most 16 of them (IQ3_S, IQ1), the number n of 4 bits stands for 2 n + 1: the stored
+scale is twice the format's, and the centre is a half. Other codebooks take 8 bits. Numbers of 2 bits are not used: ONNX
+Runtime multiplies them fast with activations in int8 and blocks of 64 or more, but with activations in f32 it decodes
+the whole matrix in every call, which takes 25 times as long as with 4 bits.
+
+NF4 and FP4 have indices into a codebook of fractions: ``MatMulBnb4`` multiplies them, always in f32. It decodes the
+whole matrix in each call, and so it is slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 
 import numpy as np
 import numpy.typing as npt
@@ -34,48 +40,81 @@ CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Storage:
-    """The layout of codes: ``bits`` each, ``block`` of them a scale, decoded as ``code - zero_point``."""
+    """The layout of numbers: ``bits`` each, ``block`` of them a scale.
+
+    A number n stands for the integer ``step * (n - zero_point) + rest``, and the stored scale is ``step`` times the
+    format's.
+    """
 
     bits: int
     block: int
     zero_point: int
+    step: int
+    rest: int
     has_mins: bool
 
     @staticmethod
     def of(dtype: DType) -> Storage:
-        """The narrowest layout that holds every code of a packed format."""
+        """The narrowest layout that holds every integer of a packed format."""
         fmt = FORMATS[dtype]
-        bits = 4 if fmt.code_max - fmt.code_min < 16 else 8
-        centre = (fmt.code_min + fmt.code_max + 1) // 2
-        return Storage(bits, _scale_block(fmt), (1 << (bits - 1)) - centre, fmt.has_mins)
+        integers = fmt.integers or tuple(range(fmt.code_min, fmt.code_max + 1))
+        low, high = min(integers), max(integers)
+        step = 1 if high - low < 16 else gcd(*(integer - low for integer in integers))
+        if high - low >= 16 * step:
+            step = 1
+        bits = 4 if high - low < 16 * step else 8
+        rest, middle = low % step, 1 << (bits - 1)
+        low, high = (low - rest) // step, (high - rest) // step
+        # Without minimums, the middle stands for zero: then there is nothing to give back.
+        centre = (low + high + 1) // 2 if fmt.has_mins or low < -middle or high >= middle else 0
+        return Storage(bits, _scale_block(fmt), middle - centre, step, rest, fmt.has_mins)
 
     @property
     def name(self) -> str:
         """A name by which equal layouts are recognised."""
-        return f"u{self.bits}x{self.block}-{self.zero_point}{'-min' if self.has_mins else ''}"
+        odd = f"*{self.step}+{self.rest}" if self.step > 1 else ""
+        return f"u{self.bits}x{self.block}-{self.zero_point}{odd}{'-min' if self.has_mins else ''}"
 
     @property
-    def centre(self) -> int:
-        """The code that ``MatMulNBits`` takes for zero when it is given no zero points; 0 without minimums."""
-        return (1 << (self.bits - 1)) - self.zero_point
+    def default_zero_point(self) -> int:
+        """What ONNX Runtime takes for the zero point when it is given none."""
+        return 1 << (self.bits - 1)
 
-    def pack(self, codes: npt.NDArray[np.int8]) -> Bytes:
-        """Codes ``int8 [rows, in]`` as bytes ``[rows, in * bits / 8]``, the first of a pair in the low bits."""
-        unsigned = codes.view(np.uint8) + np.uint8(self.zero_point)
+    @property
+    def remainder(self) -> float:
+        """What :meth:`zero_points` leave out of every weight, in stored scales."""
+        return self.rest / self.step
+
+    @property
+    def centre(self) -> float:
+        """What ``MatMulNBits`` leaves out of every weight, in stored scales, when it is given no zero points."""
+        return self.default_zero_point - self.zero_point + self.remainder
+
+    def pack(self, integers: npt.NDArray[np.int8]) -> Bytes:
+        """Integers ``int8 [rows, in]`` as bytes ``[rows, in * bits / 8]``, the first of a pair in the low bits."""
+        if self.step > 1:
+            integers = (integers - np.int8(self.rest)) // np.int8(self.step)
+        unsigned = integers.view(np.uint8) + np.uint8(self.zero_point)
         if self.bits == 8:
             return unsigned
         packed: Bytes = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
         return packed
 
     def zero_points(self, rows: int, blocks: int) -> Bytes:
-        """The zero point of every block, packed like codes: ``[rows, ceil(blocks * bits / 8)]``."""
+        """The zero point of every block, packed like numbers: ``[rows, ceil(blocks * bits / 8)]``."""
         value = self.zero_point if self.bits == 8 else self.zero_point * 0x11
         return np.full((rows, -(-blocks * self.bits // 8)), value, np.uint8)
 
 
 def storage_name(dtype: DType) -> str:
     """A name by which formats that are stored alike are recognised."""
-    return str(dtype) if FORMATS[dtype].codebook else Storage.of(dtype).name
+    return Storage.of(dtype).name if has_integers(dtype) else str(dtype)
+
+
+def has_integers(dtype: DType) -> bool:
+    """Whether a packed format decodes to integers times scales, and not to a codebook of fractions."""
+    fmt = FORMATS[dtype]
+    return fmt.codebook is None or fmt.integers is not None
 
 
 def pack_indices(codes: npt.NDArray[np.int8]) -> Bytes:
@@ -86,7 +125,10 @@ def pack_indices(codes: npt.NDArray[np.int8]) -> Bytes:
 
 
 def unpacked_rows(weight: Weight, read: ReadBytes, losses: Losses | None) -> Iterator[Planes]:
-    """A packed weight's planes, a few rows at a time, following its recipe. Sub-blocks do not repeat a shared scale."""
+    """A packed weight's planes, a few rows at a time, following its recipe.
+
+    Sub-blocks do not repeat a shared scale, and codes are the integers that they stand for, where there are any.
+    """
     if isinstance(weight.recipe, Concat):
         # Part by part, as their formats may differ where their storage does not.
         for part in weight.recipe.parts:
@@ -94,14 +136,17 @@ def unpacked_rows(weight: Weight, read: ReadBytes, losses: Losses | None) -> Ite
         return
     fmt = FORMATS[weight.type.dtype]
     every = _scale_block(fmt) // fmt.sub_block
+    integers = None if fmt.integers is None else np.array(fmt.integers, np.int8)
     for rows in packed_rows(weight, read, losses):
         step = max(1, CHUNK_BYTES // rows.shape[1])
         for start in range(0, len(rows), step):
             planes = fmt.unpack(rows[start : start + step])
-            yield planes if every == 1 else replace(planes, scales=planes.scales[:, ::every].copy())
+            if every > 1:
+                planes = replace(planes, scales=planes.scales[:, ::every].copy())
+            yield planes if integers is None else replace(planes, codes=integers[planes.codes])
 
 
 def _scale_block(fmt: BlockFormat) -> int:
-    """How many weights have a scale of their own: a sub-block, or the whole block where its sub-blocks share one."""
+    """How many weights have a scale of their own: a sub-block, or more where its sub-blocks share one."""
     assert fmt.scale is not None
-    return fmt.sub_block if fmt.scale.factors else fmt.block_size
+    return fmt.sub_block if fmt.scale.factors else fmt.block_size // fmt.scale.bases

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
 from rlxc.backends.onnx.external import Region, WeightsFile
-from rlxc.backends.onnx.storage import Storage, pack_indices, unpacked_rows
+from rlxc.backends.onnx.storage import Storage, has_integers, pack_indices, unpacked_rows
 from rlxc.backends.recipes import Losses, ReadBytes, packed_rows
 from rlxc.dtypes import DType
 from rlxc.ir import Graph, Weight
 from rlxc.ir.ops import Embed
 from rlxc.weights.formats import FORMATS
 
-_FLOAT_TYPES = {
+FLOAT_TYPES = {
     DType.F32: TensorProto.FLOAT,
     DType.F16: TensorProto.FLOAT16,
     DType.BF16: TensorProto.BFLOAT16,
 }
+"""The types of weights that are floats."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,22 @@ class StoredFloat:
     """A weight in a float format."""
 
     data_type: int
+    shape: tuple[int, ...]
     region: Region
+
+    def expert(self, number: int) -> StoredFloat:
+        """One of the weights that this one holds along its first dimension."""
+        return replace(self, shape=self.shape[1:], region=self.region.part(number, self.shape[0]))
 
 
 @dataclass(frozen=True)
 class StoredPacked:
-    """A packed weight ``[rows, columns]``: codes, f32 scales, zero points and minimums if it has them."""
+    """A packed weight ``[rows, columns]``: numbers, f32 scales, and what is to be subtracted, if anything.
+
+    Of ``[experts, out, in]``, the rows are all experts' rows, one expert after the other. Lookups need zero points and
+    the minimums themselves. Products need what they leave out of each block, ``centre * scale - minimum``: made at load
+    where a table serves both, so that it is stored once.
+    """
 
     storage: Storage
     rows: int
@@ -43,11 +55,18 @@ class StoredPacked:
     scales: Region
     zero_points: Region | None
     mins: Region | None
+    offsets: Region | None
 
     @property
     def blocks(self) -> int:
         """Scales in a row."""
         return self.columns // self.storage.block
+
+    def expert(self, number: int, experts: int) -> StoredPacked:
+        """The rows of one of so many experts, which are only multiplied."""
+        codes, scales = (region.part(number, experts) for region in (self.codes, self.scales))
+        offsets = self.offsets and self.offsets.part(number, experts)
+        return replace(self, rows=self.rows // experts, codes=codes, scales=scales, offsets=offsets)
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,11 @@ class StoredIndices:
     def blocks(self) -> int:
         """Scales in a row."""
         return self.columns // self.block
+
+    def expert(self, number: int, experts: int) -> StoredIndices:
+        """The rows of one of so many experts, whose rows lie one after the other."""
+        codes, scales = (region.part(number, experts) for region in (self.codes, self.scales))
+        return replace(self, rows=self.rows // experts, codes=codes, scales=scales)
 
 
 Stored = StoredFloat | StoredPacked | StoredIndices
@@ -92,11 +116,12 @@ def write_weights(
         fmt = FORMATS[weight.type.dtype]
         if fmt.is_float:
             region = file.add(packed_rows(weight, read, losses))
-            stored[weight.name] = StoredFloat(_FLOAT_TYPES[weight.type.dtype], region)
-        elif fmt.codebook:
-            stored[weight.name] = _write_indices(weight, read, file, losses)
-        else:
+            shape = tuple(map(int, weight.type.shape))
+            stored[weight.name] = StoredFloat(FLOAT_TYPES[weight.type.dtype], shape, region)
+        elif has_integers(weight.type.dtype):
             stored[weight.name] = _write_packed(weight, read, file, losses, weight.name in gathered)
+        else:
+            stored[weight.name] = _write_indices(weight, read, file, losses)
         progress(weight.name)
     return stored
 
@@ -104,7 +129,7 @@ def write_weights(
 def _write_indices(
     weight: Weight, read: ReadBytes, file: WeightsFile, losses: Losses | None
 ) -> StoredIndices:
-    rows, columns = map(int, weight.type.shape)
+    rows, columns = _rows(weight)
     scales: list[npt.NDArray[np.float32]] = []
 
     def codes() -> Iterator[npt.NDArray[np.uint8]]:
@@ -121,28 +146,39 @@ def _write_packed(
     weight: Weight, read: ReadBytes, file: WeightsFile, losses: Losses | None, gathered: bool
 ) -> StoredPacked:
     storage = Storage.of(weight.type.dtype)
-    rows, columns = map(int, weight.type.shape)
+    rows, columns = _rows(weight)
     scales: list[npt.NDArray[np.float32]] = []
-    mins: list[npt.NDArray[np.float32]] = []
+    subtracted: list[npt.NDArray[np.float32]] = []
 
     def codes() -> Iterator[npt.NDArray[np.uint8]]:
         # Scales and minimums are small: they wait here while the codes stream out.
         for planes in unpacked_rows(weight, read, losses):
-            scales.append(planes.scales)
+            scales.append(planes.scales * np.float32(storage.step))
             if planes.mins is not None:
-                mins.append(planes.mins)
+                with np.errstate(all="ignore"):  # scales may be infinite
+                    centres = scales[-1] * np.float32(storage.centre)
+                    subtracted.append(planes.mins if gathered else centres - planes.mins)
             yield storage.pack(planes.codes)
 
     region = file.add(codes())
     zero_points = None
-    if gathered and storage.centre:
+    if gathered and storage.zero_point != storage.default_zero_point:
         zero_points = file.add([storage.zero_points(rows, columns // storage.block)])
+    scale_region = file.add(scales)
+    rest = file.add(subtracted) if storage.has_mins else None
     return StoredPacked(
         storage,
         rows,
         columns,
         codes=region,
-        scales=file.add(scales),
+        scales=scale_region,
         zero_points=zero_points,
-        mins=file.add(mins) if mins else None,
+        mins=rest if gathered else None,
+        offsets=None if gathered else rest,
     )
+
+
+def _rows(weight: Weight) -> tuple[int, int]:
+    """Rows and columns, where every expert's rows count."""
+    *rows, columns = map(int, weight.type.shape)
+    return prod(rows), columns

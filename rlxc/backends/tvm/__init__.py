@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlxc.artifact import ArtifactWriter, Library, Manifest
-from rlxc.backends import BuildOptions
+from rlxc.backends import BuildOptions, StoredAs
 from rlxc.backends.recipes import Losses, ReadBytes
 from rlxc.backends.tvm.build import build_module, build_object
 from rlxc.backends.tvm.database import Database, shipped_folder, user_folder
@@ -19,6 +19,7 @@ from rlxc.backends.tvm.kernels.kernel import Knobs
 from rlxc.backends.tvm.lower import lower
 from rlxc.backends.tvm.problem import Problem
 from rlxc.backends.tvm.program import Program, plan_workspace
+from rlxc.backends.tvm.routes import storage
 from rlxc.backends.tvm.targets import CpuTarget, find_targets
 from rlxc.backends.tvm.weights import WeightsFile
 from rlxc.dtypes import DType
@@ -88,6 +89,15 @@ class TvmBackend:
         with writer.file(TUNING) as sink:
             sink.write(write_entries(programs[0].entries))
         return libraries
+
+    def check(self, graph: Graph, read: ReadBytes, options: BuildOptions) -> None:
+        """Raise what `build` would raise for such a graph and such options, before it compiles kernels."""
+        for target in find_targets(options.target):
+            _lower(graph, WeightsFile(graph), target, read, options, lambda problem: None)
+
+    def storage(self, graph: Graph, activations: str) -> dict[str, StoredAs]:
+        """How each weight of a graph is stored and used."""
+        return storage(WeightsFile(graph), int8=activations == "int8")
 
     def companion_files(self, manifest: Manifest) -> dict[str, bytes]:
         """None: only our own engine loads such an artifact."""

@@ -29,6 +29,7 @@ from rlxc.backends.tvm.program import (
     InWeights,
     InWorkspace,
     Program,
+    Times,
     Workspace,
 )
 from rlxc.backends.tvm.targets import CpuTarget
@@ -139,6 +140,8 @@ def _main(program: Program, workspace: Workspace, names: dict[str, GlobalVar], c
                     return address_of(tensors["workspace"][workspace.offsets[buffer] + offset])
                 case InTable(offset) | InPage(offset) | InUnit(offset):
                     return address_of(tensors["anchor"][offset])
+                case Times(counter, factor):
+                    return counters[counter] * factor
                 case str() if argument in counters:
                     return counters[argument]
                 case _:

@@ -11,11 +11,17 @@ from rlxc.backends.tvm.kernels.activations import QuantisedRow
 from rlxc.backends.tvm.kernels.attention import attention_kernel, workspace_floats
 from rlxc.backends.tvm.kernels.attention_block import AttentionKnobs
 from rlxc.backends.tvm.kernels.cache import CacheShape, CacheType
+from rlxc.backends.tvm.kernels.experts import (
+    Experts,
+    exact_expert_matmul_kernel,
+    expert_matmul_kernel,
+)
 from rlxc.backends.tvm.kernels.kernel import Kernel, Knobs
 from rlxc.backends.tvm.kernels.lora import LoraUp
 from rlxc.backends.tvm.kernels.matmul import FEW, matmul_kernel
 from rlxc.backends.tvm.kernels.matmul_exact import exact_matmul_kernel
 from rlxc.backends.tvm.kernels.output import OutputRows
+from rlxc.backends.tvm.kernels.route import Groups
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import TILE, Layout, PackedLayout, layout_of
 from rlxc.backends.tvm.problem import Filled, Problem
@@ -37,6 +43,7 @@ def matmul(
     bias: bool,
     tokens: int,
     weight: int = 1,
+    cap: float | None = None,
     lora: LoraUp | None = None,
 ) -> Problem:
     """A product of a packed weight and int8 activations; results have ``stride`` numbers from token to token.
@@ -47,7 +54,7 @@ def matmul(
     row = QuantisedRow.of(layout, vectors)
 
     def make(knobs: Knobs) -> Kernel:
-        return matmul_kernel(vectors, knobs, layout, OutputRows(rows, stride), bias=bias, lora=lora)
+        return matmul_kernel(vectors, knobs, layout, OutputRows(rows, stride, cap), bias=bias, lora=lora)
 
     biases = (layout.tiles * TILE,) if bias else ()
     arguments = (layout.nbytes, tokens * row.stride, *biases, tokens * stride, tokens)
@@ -65,6 +72,7 @@ def matmul_exact(
     bias: bool,
     tokens: int,
     weight: int = 1,
+    cap: float | None = None,
     lora: LoraUp | None = None,
 ) -> Problem:
     """A product of any weight and f32 activations, ``x_stride`` numbers from token to token.
@@ -74,12 +82,92 @@ def matmul_exact(
     vectors, layout = Vectors.of(target), layout_of(DType(dtype), rows, columns)
 
     def make(knobs: Knobs) -> Kernel:
-        output = OutputRows(rows, stride)
+        output = OutputRows(rows, stride, cap)
         return exact_matmul_kernel(vectors, knobs, layout, output, stride=x_stride, bias=bias, lora=lora)
 
     biases = (layout.tiles * TILE,) if bias else ()
     arguments = (layout.nbytes, tokens * x_stride, *biases, tokens * stride, tokens)
     return _product(target, make, layout, arguments, weight)
+
+
+def expert_matmul(
+    target: CpuTarget,
+    *,
+    dtype: str,
+    experts: int,
+    rows: int,
+    columns: int,
+    used: int,
+    stride: int,
+    shared: bool,
+    bias: bool,
+    tokens: int,
+    weight: int = 1,
+) -> Problem:
+    """A product of packed experts and int8 activations, one row for each token if ``shared``, or for each slot."""
+    vectors, of = Vectors.of(target), Experts(DType(dtype), experts, rows, columns, used)
+    assert isinstance(of.layout, PackedLayout)
+    row = QuantisedRow.of(of.layout, vectors)
+
+    def make(knobs: Knobs) -> Kernel:
+        output = OutputRows(rows, stride)
+        return expert_matmul_kernel(vectors, knobs, of, output, shared=shared, bias=bias)
+
+    return _expert_product(target, make, of, row.stride, stride, shared, bias, tokens, weight)
+
+
+def expert_matmul_exact(
+    target: CpuTarget,
+    *,
+    dtype: str,
+    experts: int,
+    rows: int,
+    columns: int,
+    used: int,
+    x_stride: int,
+    stride: int,
+    shared: bool,
+    bias: bool,
+    tokens: int,
+    weight: int = 1,
+) -> Problem:
+    """A product of any experts and f32 activations, ``x_stride`` numbers from row to row."""
+    vectors, of = Vectors.of(target), Experts(DType(dtype), experts, rows, columns, used)
+
+    def make(knobs: Knobs) -> Kernel:
+        output = OutputRows(rows, stride)
+        return exact_expert_matmul_kernel(
+            vectors, knobs, of, output, stride=x_stride, shared=shared, bias=bias
+        )
+
+    return _expert_product(target, make, of, x_stride, stride, shared, bias, tokens, weight)
+
+
+def _expert_product(
+    target: CpuTarget,
+    make: Callable[[Knobs], Kernel],
+    of: Experts,
+    x_stride: int,
+    stride: int,
+    shared: bool,
+    bias: bool,
+    tokens: int,
+    weight: int,
+) -> Problem:
+    """Measured with slots that want all experts alike."""
+    space, slots = _matmul_space(target, tokens), tokens * of.used
+    groups = Groups(of.experts).even(slots)
+    biases = (of.layout.tiles * TILE,) if bias else ()
+    x = (tokens if shared else slots) * x_stride
+    return Problem(
+        name=f"{make(space[0]).name}, {_tokens(tokens)}",
+        space=space,
+        make=make,
+        arguments=(of.layout.nbytes, x, Filled(len(groups), groups), *biases, slots * stride, tokens),
+        bytes_moved=of.layout.nbytes * min(slots, of.experts) // of.experts,
+        operations=2 * of.rows * of.columns * slots,
+        weight=weight,
+    )
 
 
 def _product(
@@ -116,6 +204,8 @@ def attention(
     positions: int,
     tokens: int,
     weight: int = 1,
+    soft_cap: float | None = None,
+    sinks: bool = False,
 ) -> Problem:
     """Attention of a step's tokens, which are the last of so many positions; those behind the window do not count."""
     vectors = Vectors.of(target)
@@ -129,8 +219,8 @@ def attention(
             shape=shape,
             scale=scale,
             window=window,
-            soft_cap=None,
-            sinks=False,
+            soft_cap=soft_cap,
+            sinks=sinks,
             out_stride=out_stride,
         )
 
@@ -146,6 +236,7 @@ def attention(
     return Problem(
         name=(
             f"attention {heads}x{head_dim} over {kv_heads}, {cache_dtype} pages of {page}, window {window}, "
+            f"{'' if soft_cap is None else f'soft cap {soft_cap}, '}{'sinks, ' * sinks}"
             f"{held} positions, {_tokens(tokens)}"
         ),
         space=space,
@@ -157,6 +248,7 @@ def attention(
             *elements,
             *scales,
             Filled(1, past),
+            *([heads] * sinks),
             attention_workspace(target, shape),
             tokens * out_stride,
             1,
@@ -175,7 +267,8 @@ def attention_workspace(target: CpuTarget, shape: CacheShape) -> int:
 
 
 _FAMILIES: Mapping[str, Callable[..., Problem]] = {
-    family.__name__: family for family in (matmul, matmul_exact, attention)
+    family.__name__: family
+    for family in (matmul, matmul_exact, expert_matmul, expert_matmul_exact, attention)
 }
 
 

@@ -5,8 +5,12 @@ side, since one instruction multiplies and adds four; eight such groups make a b
 width: they are cut into planes of 1, 2, 4 or 8 bits (five bits are four and one), and a plane of ``w`` bits takes
 ``w`` vectors of 64 bytes for a block, in which group ``g`` has the bits from ``g // w * w`` on of vector ``g % w``.
 Scales lie as they are stored in the model file, floats and small integers, sixteen rows side by side, an integer in a
-byte. So every number of a weight is exact, it takes the bytes it had (2 to 4 % more in Q3_K to Q5_K, 19 % in Q2_K,
-whose integers are narrower), and a kernel reads each byte once, in order.
+byte. So every number of a weight is exact, it takes the bytes it had (1 to 4 % more in Q3_K to Q5_K and IQ4_XS, 19 % in
+Q2_K, whose integers are narrower), and a kernel reads each byte once, in order.
+
+Some formats have codes of no width of their own. Of the eight or four weights that a number of IQ1 to IQ3 stands for,
+each becomes a code of 3 bits (IQ3: 4), because finding a grid's row takes longer than reading these; five ternary
+digits that share a byte in TQ1_0 become codes of 2 bits. :attr:`PackedLayout.bits_per_weight` says what that takes.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ BLOCK = 32
 GROUPS = 8
 """Groups of four columns in a block."""
 
-_PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+_PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 
 Bytes = npt.NDArray[np.uint8]
 Chunk = dict[str, npt.NDArray[np.generic]]
@@ -81,8 +85,10 @@ class _Layout(ABC):
 class PackedLayout(_Layout):
     """A packed weight ``[rows, columns]``.
 
-    Sections: ``codes``; ``scale`` and ``minimum``, a float per block of the format, f16 or as the format has it;
+    Sections: ``codes``; ``scale`` and ``minimum``, as the format stores them, one per block or several;
     ``scale_factors`` and ``minimum_factors``, the integers that multiply them in each sub-block.
+
+    A kernel makes *stored numbers* of codes: the weight's integer less the least one there is, so none is negative.
     """
 
     dtype: DType
@@ -105,34 +111,58 @@ class PackedLayout(_Layout):
         return _PLANES[self.bits]
 
     @property
-    def centre(self) -> int:
-        """The stored (unsigned) code that stands for zero when activations are int8.
-
-        In a format without minimums that is the code of zero. In one with minimums it is the middle of the codes:
-        what rounding an activation does grows with what multiplies it. The kernel adds the rest with exact sums.
-        """
-        return 1 << self.bits - 1 if self.format.has_mins else -self.format.code_min
+    def low(self) -> int:
+        """The least integer, whose stored number is 0."""
+        integers = self.format.integers
+        return self.format.code_min if integers is None else min(integers)
 
     @property
-    def max_code(self) -> int:
-        """The largest stored code."""
-        return (1 << self.bits) - 1
+    def table(self) -> tuple[int, ...] | None:
+        """The stored number of each code, where that is not the code, :attr:`shift` bits to the left."""
+        integers = self.format.integers
+        if integers is None or self.shift:
+            return None
+        return tuple(integer - self.low for integer in integers)
+
+    @property
+    def shift(self) -> int:
+        """How many bits to the left of a code its stored number is: 1 where two codes stand for -1 and 1."""
+        return 1 if self.format.integers == (-1, 1) else 0
+
+    @property
+    def centre(self) -> int:
+        """The stored number that stands for zero when activations are int8.
+
+        In a format without minimums that is the number of zero. In one with minimums it is the middle of the codes:
+        what rounding an activation does grows with what multiplies it. The kernel adds the rest with exact sums.
+        """
+        return 1 << self.bits - 1 if self.format.has_mins else -self.low
+
+    @property
+    def max_number(self) -> int:
+        """The largest stored number."""
+        return max(self.table) if self.table else (1 << self.bits) - 1 << self.shift
 
     @property
     def has_integers(self) -> bool:
         """Whether codes stand for integers, which int8 activations can be multiplied with as they are."""
-        return self.format.codebook is None
+        return self.format.codebook is None or self.format.integers is not None
 
     @property
-    def scale_type(self) -> str:
-        """The type of the scales of blocks, and of the minimums, as kernels call it."""
+    def scale_columns(self) -> int:
+        """How many columns of a row share a scale as stored."""
         assert self.format.scale is not None
-        return self.format.scale.base.name
+        return self.format.block_size // self.format.scale.bases
 
     @property
     def has_factors(self) -> bool:
         """Whether integers per sub-block multiply the scales."""
         return self.format.scale is not None and self.format.scale.factors is not None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, its share of the scales with it."""
+        return 8 * sum(self.tile_bytes().values()) / (TILE * self.columns)
 
     @property
     def blocks(self) -> int:
@@ -147,7 +177,8 @@ class PackedLayout(_Layout):
         for name, scale in (("scale", format.scale), ("minimum", format.minimum)):
             if scale is None:
                 continue
-            sizes[name] = self.columns // format.block_size * scale.base.itemsize * TILE
+            bases = self.columns // format.block_size * scale.bases
+            sizes[name] = bases * scale.base.itemsize * TILE
             if scale.factors is not None:
                 sizes[f"{name}_factors"] = self.columns // format.sub_block * TILE
         return sizes
@@ -218,6 +249,11 @@ Layout = PackedLayout | FloatLayout
 def layout_of(dtype: DType, rows: int, columns: int) -> Layout:
     """How a matrix of this type and shape lies."""
     return (PackedLayout if dtype.is_packed else FloatLayout)(dtype, rows, columns)
+
+
+def tiled(rows: int) -> int:
+    """So many rows and what fills their last tile."""
+    return -(-rows // TILE) * TILE
 
 
 def in_tiles(parts: Iterable[Bytes], chunk_rows: int) -> Iterator[Bytes]:

@@ -16,6 +16,17 @@ Amount = Literal["tokens", "rows"]
 Counter = Literal["sequences", "step", "tokens", "rows", "rows_per_sequence"]
 """A number that a call is given."""
 
+
+@dataclass(frozen=True)
+class Times:
+    """A number that a call is given: so many for each of a counter, as slots for experts."""
+
+    counter: Counter
+    factor: int
+
+
+Count = Counter | Times
+
 Tensor = Literal[
     "ids",
     "past",
@@ -67,7 +78,7 @@ class InUnit:
     offset: int
 
 
-Argument = InWeights | InWorkspace | InTable | InPage | InUnit | Tensor | Counter
+Argument = InWeights | InWorkspace | InTable | InPage | InUnit | Tensor | Count
 
 
 @dataclass(frozen=True)

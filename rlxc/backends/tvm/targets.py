@@ -41,6 +41,11 @@ class CpuTarget:
     dot: Dot
 
     @property
+    def lookup(self) -> str | None:
+        """LLVM's name of the instruction that looks up each byte of a vector in 16 bytes; None without one."""
+        return "llvm.aarch64.neon.tbl1" if self.machine == "aarch64" else _LOOKUPS.get(self.lanes)
+
+    @property
     def llvm(self) -> Any:
         """The target as TVM takes it."""
         config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "opt-level": 3}
@@ -50,6 +55,8 @@ class CpuTarget:
             config["mattr"] = list(self.attributes)
         return tvm.target.Target(config)
 
+
+_LOOKUPS = {16: "llvm.x86.avx512.pshuf.b.512", 8: "llvm.x86.avx2.pshuf.b"}
 
 # The levels of the x86-64 psABI: everything that LLVM takes for granted in `-march=x86-64-v3` and `-v4`.
 _V3 = (

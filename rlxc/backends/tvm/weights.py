@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from rlxc.artifact.alignment import align
 from rlxc.backends.recipes import Losses, ReadBytes, packed_rows
-from rlxc.backends.tvm.layout import Bytes, Layout, in_tiles, layout_of
+from rlxc.backends.tvm.layout import Bytes, Layout, in_tiles, layout_of, tiled
 from rlxc.ir import Graph, Weight
+from rlxc.ir.ops import ExpertMatMul
 from rlxc.weights.formats import FORMATS
 
 _CHUNK_BYTES = 1 << 18
@@ -57,8 +58,15 @@ class WeightsFile:
 
     def __post_init__(self) -> None:
         """Give each weight of the graph its place."""
+        self._biases = {
+            name for node in self.graph.nodes if isinstance(node.op, ExpertMatMul) for name in node.inputs[3:]
+        }
         for weight in self.graph.weights:
-            self._place(weight.name, layout_of_weight(weight), _nbytes(weight))
+            if weight.name in self._biases:
+                experts, rows = map(int, weight.type.shape)
+                self._place(weight.name, None, 4 * experts * tiled(rows))
+            else:
+                self._place(weight.name, layout_of_weight(weight), _nbytes(weight))
 
     def constant(self, name: str, array: npt.NDArray[np.generic]) -> Stored:
         """Add a small array that the compiler made."""
@@ -80,7 +88,12 @@ class WeightsFile:
         """
         sink.write(self._header())
         for weight in self.graph.weights:
-            for part in _ahead(_sections(packed_rows(weight, read, losses), self.stored[weight.name])):
+            rows = packed_rows(weight, read, losses)
+            if weight.name in self._biases:
+                rows = _padded_rows(rows)
+            elif len(weight.type.shape) == 3:
+                rows = _padded_experts(rows, int(weight.type.shape[1]))
+            for part in _ahead(_sections(rows, self.stored[weight.name])):
                 sink.write(part)
             sink.align(64)
             progress(weight.name)
@@ -109,11 +122,14 @@ class WeightsFile:
 
 
 def layout_of_weight(weight: Weight) -> Layout | None:
-    """How a matrix lies; None for a vector, which stays as it is."""
-    if len(weight.type.shape) != 2:
-        return None
-    rows, columns = map(int, weight.type.shape)
-    return layout_of(weight.type.dtype, rows, columns)
+    """How a matrix lies, or experts' ``[E, out, in]``, each in whole tiles; None for a vector, which stays as it is."""
+    match tuple(map(int, weight.type.shape)):
+        case (rows, columns):
+            return layout_of(weight.type.dtype, rows, columns)
+        case (experts, rows, columns):
+            return layout_of(weight.type.dtype, experts * tiled(rows), columns)
+        case _:
+            return None
 
 
 def _nbytes(weight: Weight) -> int:
@@ -121,6 +137,25 @@ def _nbytes(weight: Weight) -> int:
     if layout is not None:
         return layout.nbytes
     return int(np.prod([int(dim) for dim in weight.type.shape])) * FORMATS[weight.type.dtype].block_bytes
+
+
+def _padded_rows(parts: Iterator[Bytes]) -> Iterator[Bytes]:
+    """Experts' biases, f32 ``[E, out]``, with zeros after each up to whole tiles."""
+    for part in parts:
+        values = part.shape[1] // 4
+        yield np.pad(part, ((0, 0), (0, 4 * (tiled(values) - values))))
+
+
+def _padded_experts(parts: Iterator[Bytes], rows: int) -> Iterator[Bytes]:
+    """Rows, with zeros after every ``rows`` of them up to whole tiles."""
+    missing, position = tiled(rows) - rows, 0
+    for part in parts:
+        while missing and position + len(part) >= rows:
+            last, part = part[: rows - position], part[rows - position :]
+            yield np.pad(last, ((0, missing), (0, 0)))
+            position = 0
+        yield part
+        position += len(part)
 
 
 def _sections(rows: Iterator[Bytes], stored: Stored) -> Iterator[npt.NDArray[np.generic]]:

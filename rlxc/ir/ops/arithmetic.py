@@ -56,6 +56,12 @@ class ClampedSwiglu(Binary):
     alpha: float
     limit: float
 
+    def shape_rule(self, inputs: Types) -> Types:
+        """The shape of both."""
+        gate, up = inputs
+        self.require(gate == up, f"gate {gate} and up {up} differ")
+        return super().shape_rule(inputs)[:1]
+
 
 @dataclass(frozen=True)
 class Unary(Op):

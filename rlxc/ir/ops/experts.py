@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlxc.dtypes import DType
+from rlxc.dtypes import FLOATS, DType
 from rlxc.ir.graph import TensorType
 from rlxc.ir.ops.base import Op, Types, f32
 
@@ -46,6 +46,8 @@ class ExpertMatMul(Op):
         """``f32[B, S, U, out]``."""
         x, weight, experts, *biases = inputs
         self.require(experts.dtype is DType.I64 and len(experts.shape) == 3, f"experts {experts}")
+        readable = weight.dtype in FLOATS or weight.dtype.is_packed
+        self.require(readable, f"cannot read a weight of type {weight.dtype}")
         self.require(len(weight.shape) == 3, f"weight {weight} must be [E, out, in]")
         count, out, columns = weight.shape
         slots = experts.shape

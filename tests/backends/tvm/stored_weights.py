@@ -14,7 +14,7 @@ from rlxc.dtypes import DType
 from rlxc.weights.formats import FORMATS, GGML_FORMATS
 
 PACKED = [dtype for dtype in DType if dtype.is_packed]
-INTEGERS = [dtype for dtype in PACKED if FORMATS[dtype].codebook is None]
+INTEGERS = [dtype for dtype in PACKED if dtype not in (DType.NF4, DType.FP4)]
 FLOATS = [DType.F32, DType.F16, DType.BF16]
 
 
@@ -28,9 +28,9 @@ class StoredWeight:
 
     @property
     def decoded(self) -> npt.NDArray[np.float32]:
-        """The weights, ``[rows, columns]``: gguf's judgement, or the table's on formats that GGUF files have not."""
+        """The weights, ``[rows, columns]``: gguf's judgement, or the table's on formats that gguf does not decode."""
         fmt = FORMATS[self.layout.dtype]
-        if fmt not in GGML_FORMATS.values():
+        if fmt not in GGML_FORMATS.values() or fmt.dtype is DType.Q1_0:
             return fmt.decode(self.data, self.layout.columns)
         if fmt.dtype is DType.F32:
             return self.data.view(np.float32)
@@ -40,14 +40,7 @@ class StoredWeight:
 def random_weight(dtype: DType, rows: int, columns: int, seed: int = 0) -> StoredWeight:
     """Any codes and factors; scales and minimums of both signs."""
     rng = np.random.default_rng(seed)
-    fmt = FORMATS[dtype]
-    data = random_bytes(dtype, (rows, columns), rng).reshape(rows, -1)
-    blocks = data.reshape(-1, fmt.block_bytes)
-    for scale in (fmt.scale, fmt.minimum):
-        if scale is not None:
-            blocks[:, scale.offset + scale.base.itemsize - 1] ^= rng.choice(
-                np.array([0, 0x80], np.uint8), len(blocks)
-            )
+    data = random_bytes(dtype, (rows, columns), rng, signed=True).reshape(rows, -1)
     layout = layout_of(dtype, rows, columns)
     return StoredWeight(layout, data, store(layout, [data]))
 

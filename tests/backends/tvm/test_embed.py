@@ -16,6 +16,12 @@ from rlxc.dtypes import DType
 ROWS = 37
 ORDERS = {"one": [36], "few": [0, 16, 15, 36, 0], "many": [*range(36, -1, -1)]}
 
+ACROSS = [
+    *(DType.Q5_1, DType.Q8_0, DType.Q3_K, DType.Q4_K, DType.IQ2_XXS, DType.Q1_0, DType.MXFP4, DType.NVFP4),
+    *(DType.NF4, *FLOATS),
+]
+"""Formats for every target: each width of codes, each kind of scale."""
+
 
 def check(run_kernel: Any, target: CpuTarget, dtype: DType, columns: int, ids: list[int]) -> None:
     table = random_weight(dtype, ROWS, columns)
@@ -32,7 +38,7 @@ def test_rows_are_exact(run_kernel: Any, dtype: DType, ids: str) -> None:
 
 
 @each_target
-@pytest.mark.parametrize("dtype", [DType.Q5_1, DType.Q8_0, DType.Q3_K, DType.Q4_K, DType.NF4, *FLOATS])
+@pytest.mark.parametrize("dtype", ACROSS)
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
     check(run_kernel, target, dtype, 256, ORDERS["few"])
 

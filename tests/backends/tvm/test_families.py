@@ -9,7 +9,15 @@ import pytest
 import tvm
 
 from rlxc.backends.tvm.build import compile_module
-from rlxc.backends.tvm.families import Entry, attention, attention_workspace, read_problems, write_entries
+from rlxc.backends.tvm.families import (
+    Entry,
+    attention,
+    attention_workspace,
+    expert_matmul,
+    expert_matmul_exact,
+    read_problems,
+    write_entries,
+)
 from rlxc.backends.tvm.kernels.attention import AttentionKnobs, workspace_floats
 from rlxc.backends.tvm.kernels.cache import CacheShape
 from rlxc.backends.tvm.kernels.kernel import Pointer
@@ -73,8 +81,44 @@ def test_problem_is_named_by_what_its_time_depends_on() -> None:
         "window": 100,
         "positions": 300,
         "kv_heads": 1,
+        "soft_cap": 50.0,
+        "sinks": True,
     }.items():
         assert attention(target, **{**PARAMETERS, key: value}, tokens=1).name != name
+
+
+EXPERTS: dict[str, Any] = {
+    "experts": 5,
+    "rows": 40,
+    "columns": 64,
+    "used": 2,
+    "stride": 48,
+    "bias": True,
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("shared", [True, False], ids=["rows of tokens", "rows of slots"])
+@pytest.mark.parametrize("family", [expert_matmul, expert_matmul_exact])
+def test_measured_experts_multiply_every_slot_once(family: Any, shared: bool, tokens: int) -> None:
+    """All weights are zero and all biases one: so is what is written, and nothing else is."""
+    target, more = native_target(), {"x_stride": 64} if family is expert_matmul_exact else {}
+    problem = family(target, dtype="q8_0", shared=shared, tokens=tokens, **EXPERTS, **more)
+    kernel = problem.make(problem.space[0])
+    names = ["numbers", *(param.name for param in kernel.params if isinstance(param, Pointer))]
+    arrays = {}
+    for name, tensor in zip(names, call_data(problem)):
+        fill = float(name in ("bias", "out")) * (7 if name == "out" else 1)
+        values = fill if tensor.values is None else tensor.values
+        arrays[name] = np.full(tensor.elements, values, tensor.dtype)
+    run = compile_module(measured_module(problem, problem.space[0]), target)["main"]
+    tensors = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
+    run(*tensors.values())
+    out = tensors["out"].numpy().reshape(2 * tokens, 48)
+    assert (out[:, :40] == 1).all() and (out[:, 40:] == 7).all()
+    slots = 2 * tokens
+    assert problem.operations == 2 * 40 * 64 * slots
+    assert problem.bytes_moved * 5 == len(arrays["weight"]) * arrays["weight"].itemsize * min(5, slots)
 
 
 def test_default_knobs_fit_small_pages() -> None:

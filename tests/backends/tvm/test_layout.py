@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gguf.quants import MXFP4, NVFP4
 from hypothesis import given
 from hypothesis import strategies as st
 from stored_weights import FLOATS, PACKED, random_weight, store
@@ -19,7 +21,7 @@ from rlxc.weights.formats import FORMATS
 Matrix = npt.NDArray[np.float32]
 
 # What each format's blocks are, in numbers that do not come from the code under test: the width of a code, the code
-# that stands for zero, and columns of a block and of a sub-block.
+# that stands for zero (0 where there is a codebook), and columns of a scale as stored and of a sub-block.
 FACTS = {
     DType.Q4_0: (4, 8, 32, 32),
     DType.Q4_1: (4, 0, 32, 32),
@@ -31,15 +33,50 @@ FACTS = {
     DType.Q4_K: (4, 0, 256, 32),
     DType.Q5_K: (5, 0, 256, 32),
     DType.Q6_K: (6, 32, 256, 16),
+    DType.IQ1_S: (3, 0, 256, 32),
+    DType.IQ1_M: (3, 0, 256, 16),
+    DType.IQ2_XXS: (3, 0, 256, 32),
+    DType.IQ2_XS: (3, 0, 256, 16),
+    DType.IQ2_S: (3, 0, 256, 16),
+    DType.IQ3_XXS: (4, 0, 256, 32),
+    DType.IQ3_S: (4, 0, 256, 32),
+    DType.IQ4_NL: (4, 0, 32, 32),
+    DType.IQ4_XS: (4, 0, 256, 32),
+    DType.TQ1_0: (2, 1, 256, 32),
+    DType.TQ2_0: (2, 1, 256, 32),
+    DType.Q1_0: (1, 0, 128, 32),
+    DType.MXFP4: (4, 0, 32, 32),
+    DType.NVFP4: (4, 0, 16, 16),
     DType.NF4: (4, 0, 64, 32),
     DType.FP4: (4, 0, 64, 32),
     DType.INT4: (4, 8, 64, 32),
 }
 F32_SCALES = {DType.NF4, DType.FP4, DType.INT4}
-PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
+BYTE_SCALES = {DType.MXFP4: MXFP4.e8m0_to_fp32_half, DType.NVFP4: NVFP4.ue4m3_to_fp32}
+UNITS = {
+    **dict.fromkeys([DType.IQ1_S, DType.IQ1_M, DType.IQ2_XXS, DType.IQ2_XS, DType.IQ2_S], 1 / 8),
+    DType.IQ3_XXS: 1 / 4,
+}
+"""What scales are multiplied by beside their factors."""
+PLANES = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
 WITH_MINIMUMS = {DType.Q4_1, DType.Q5_1, DType.Q2_K, DType.Q4_K, DType.Q5_K}
-GROWTH = {DType.Q2_K: 100 / 84, DType.Q3_K: 114 / 110, DType.Q4_K: 148 / 144, DType.Q5_K: 180 / 176}
-"""Bytes of a block here and in the model file, where 4- and 6-bit factors become bytes."""
+# Bytes of a block here and in the model file, where they differ: 4- and 6-bit factors become bytes, and the small
+# numbers of IQ1 to IQ3, of which a file has grids, and the five ternary digits of a byte become codes of whole bits.
+GROWTH = {
+    DType.Q2_K: Fraction(100, 84),
+    DType.Q3_K: Fraction(114, 110),
+    DType.Q4_K: Fraction(148, 144),
+    DType.Q5_K: Fraction(180, 176),
+    DType.IQ1_S: Fraction(106, 50),
+    DType.IQ1_M: Fraction(114, 56),
+    DType.IQ2_XXS: Fraction(106, 66),
+    DType.IQ2_XS: Fraction(114, 74),
+    DType.IQ2_S: Fraction(114, 82),
+    DType.IQ3_XXS: Fraction(138, 98),
+    DType.IQ3_S: Fraction(138, 110),
+    DType.IQ4_XS: Fraction(138, 136),
+    DType.TQ1_0: Fraction(66, 54),
+}
 
 
 def read_slowly(layout: PackedLayout, stored: npt.NDArray[np.int8]) -> Matrix:
@@ -55,9 +92,13 @@ def read_slowly(layout: PackedLayout, stored: npt.NDArray[np.int8]) -> Matrix:
             return found.offset + tile * found.tile_bytes
 
         def number(name: str, column: int, lane: int = lane) -> np.float32:
+            if layout.dtype in BYTE_SCALES:
+                at = place(name) + column // block * 16 + lane
+                return np.float32(BYTE_SCALES[layout.dtype](data[at : at + 1])[0])
             element = np.dtype("<f4" if layout.dtype in F32_SCALES else "<f2")
             at = place(name) + (column // block * 16 + lane) * element.itemsize
             value = np.float32(data[at : at + element.itemsize].view(element)[0])
+            value *= np.float32(UNITS.get(layout.dtype, 1))
             if f"{name}_factors" not in layout.sections:
                 return value
             return value * np.float32(stored[place(f"{name}_factors") + column // sub_block * 16 + lane])
@@ -120,7 +161,7 @@ def test_codes_take_the_bits_that_they_have(dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", PACKED)
-def test_weight_is_hardly_larger_than_in_the_model_file(dtype: DType) -> None:
+def test_weight_takes_the_bytes_that_are_documented(dtype: DType) -> None:
     in_file = 1024 * FORMATS[dtype].row_bytes(1024)
     assert layout_of(dtype, 1024, 1024).nbytes == in_file * GROWTH.get(dtype, 1)
 

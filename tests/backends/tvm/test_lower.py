@@ -13,8 +13,9 @@ from random_adapters import split_graph
 
 from rlxc.artifact import KvLayer, KvPlan, LoraPlan
 from rlxc.artifact.kv import row_bytes
+from rlxc.backends.tvm.kernels.route import Groups
 from rlxc.backends.tvm.lower import lower
-from rlxc.backends.tvm.program import InPage, InTable, InUnit, InWeights, InWorkspace, Program
+from rlxc.backends.tvm.program import InPage, InTable, InUnit, InWeights, InWorkspace, Program, Times
 from rlxc.backends.tvm.targets import find_target
 from rlxc.backends.tvm.weights import WeightsFile
 from rlxc.dtypes import DType
@@ -241,11 +242,114 @@ def test_op_without_a_kernel_is_refused(nodes: str, problem: str) -> None:
     [
         ("%l = DequantMatMul(%x, @table)\n%logits = Silu(%l)\noutput %logits", "by Silu"),
         ("%y = Silu(%x)\noutput %y", "by nothing"),
+        ("%logits = SoftCap(%x; cap=1.0)\noutput %logits", "by SoftCap"),
+        (
+            "%l = DequantMatMul(%x, @table)\n%logits = SoftCap(%l; cap=1.0)\noutput %logits\noutput %l",
+            "by SoftCap",
+        ),
+        (
+            "%l = DequantMatMul(%x, @table)\n%a = SoftCap(%l; cap=1.0)\n%logits = Add(%l, %a)\noutput %logits",
+            "by Add",
+        ),
     ],
 )
 def test_logits_that_no_product_makes_are_refused(nodes: str, made: str) -> None:
     with pytest.raises(UnsupportedError, match=f"here they are made {made}"):
         lowered(MODEL + nodes)
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_a_cap_on_logits_costs_no_call(int8: bool) -> None:
+    plain, _ = lowered(MODEL + "%y = Silu(%x)\n" + LOGITS, int8=int8)
+    text = LOGITS.replace("%logits =", "%l =").replace("output", "%logits = SoftCap(%l; cap=30.0)\noutput")
+    capped, _ = lowered(MODEL + "%y = Silu(%x)\n" + text, int8=int8)
+    assert listing(capped) == listing(plain)
+    assert [call.arguments for call in capped.calls] == [call.arguments for call in plain.calls]
+    product, other = capped.calls[-2].kernel, plain.calls[-2].kernel
+    assert product.name.startswith(f"{other.name}_cap_")
+    assert [entry.parameters.get("cap") for entry in capped.entries] == [30.0]
+
+
+MIXTURE = """
+weight @router: f32[3, 64]
+weight @gate: q4_0[3, 96, 64]
+weight @up: q4_0[3, 96, 64]
+weight @down: bf16[3, 64, 96]
+weight @bias: f32[3, 64]
+%a = Silu(%x)
+%scores = MatMul(%a, @router)
+%chosen, %weights = Route(%scores; used=2)
+%g = ExpertMatMul(%a, @gate, %chosen)
+%u = ExpertMatMul(%a, @up, %chosen)
+%h = ClampedSwiglu(%g, %u; alpha=1.7, limit=7.0)
+%d = ExpertMatMul(%h, @down, %chosen, @bias)
+%mixed = MixExperts(%d, %weights)
+%y = Add(%mixed, %x)
+"""
+
+
+def test_experts_share_what_is_chosen_and_what_is_rounded() -> None:
+    program, weights = lowered(MODEL + MIXTURE + LOGITS)
+    names = [call.kernel.name for call in program.calls]
+    assert [re.sub(r"_\d.*", "", name) for name in names] == [
+        "embed_q4",
+        "silu_round",
+        "matmul_exact_f32",
+        "route",
+        "expert_matmul_q4",
+        "expert_matmul_q4",
+        "clampedswiglu",
+        "expert_matmul_exact_bf16",
+        "mixexperts_add",
+        "select",
+        "round",
+        "matmul_q4",
+        "summarise",
+    ]
+    silu, route, gate, up, gated, down, mix = (program.calls[i] for i in (1, 3, 4, 5, 6, 7, 8))
+    assert gate.kernel is up.kernel
+    assert gate.arguments[1] == up.arguments[1] == silu.arguments[2]
+    groups = route.arguments[3]
+    assert [call.arguments[2] for call in (gate, up, down)] == [groups] * 3
+    assert down.arguments[3] == InWeights(weights.stored["bias"].offset)
+    # One row for each slot between the experts' products, one for each token everywhere else.
+    assert gated.arguments[-1] == Times("tokens", 2)
+    assert {call.arguments[-1] for call in (silu, route, gate, down, mix)} == {"tokens"}
+    assert isinstance(groups, InWorkspace)
+    assert program.buffers[groups.buffer] == 4 * (Groups(3).order + 2 * TOKENS)
+    assert (gate.bytes_read * 3, gate.multiplications) == (2 * weights.stored["gate"].nbytes, 2 * 96 * 64)
+
+
+def test_experts_of_wanted_rows_only_are_grouped_by_themselves() -> None:
+    text = MIXTURE.replace("%x", "%r")
+    program, _ = lowered(
+        MODEL
+        + "%r = SelectRows(%x, %logit_rows)\n"
+        + text
+        + "%logits = DequantMatMul(%y, @table)\noutput %logits"
+    )
+    assert {call.amount for call in program.calls[1:]} == {"rows"}
+    assert Times("rows", 2) in [call.arguments[-1] for call in program.calls]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "problem"),
+    [
+        (
+            "input %given: i64[batch, seq, 2]\nweight @w: q4_0[3, 64, 64]\n%d = ExpertMatMul(%x, @w, %given)\n"
+            "weight @v: f32[2, 64]\n%p = MatMul(%x, @v)\n%y = MixExperts(%d, %p)\n",
+            "%given is not chosen among the 3 experts of @w",
+        ),
+        (
+            "weight @w: q4_0[64, 64, 64]\nweight @v: f32[2, 64]\n%c, %p = Route(%x; used=2)\n"
+            "%d = ExpertMatMul(%x, @w, %c)\n%e = Mul(%d, @v)\n%y = MixExperts(%e, %p)\n",
+            "v has other rows than the tvm backend reads it with",
+        ),
+    ],
+)
+def test_experts_that_are_used_in_another_way_are_refused(nodes: str, problem: str) -> None:
+    with pytest.raises(UnsupportedError, match=problem):
+        lowered(MODEL + nodes + LOGITS)
 
 
 SIDE_PATHS = ("qkv", "o", "gate_up", "down", "table", "output.weight")

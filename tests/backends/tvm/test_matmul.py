@@ -30,6 +30,12 @@ COLUMNS = 512
 ROWS = 70
 """Not whole tiles: the last one has 6 rows."""
 
+ACROSS = [
+    *(DType.Q4_0, DType.Q5_1, DType.Q8_0, DType.Q2_K, DType.Q6_K, DType.INT4),
+    *(DType.IQ4_NL, DType.IQ1_M, DType.Q1_0, DType.MXFP4, DType.NVFP4),
+]
+"""Formats for every target: each width of codes, each kind of scale and codebook."""
+
 TOLERANCE = 1e-6
 """Of the sum of the products' magnitudes. Sums over at most 64 sub-blocks in f32, each rounded to 6e-8."""
 
@@ -73,15 +79,19 @@ def formula(weight: StoredWeight, x: Activations) -> tuple[Doubles, Doubles]:
     fmt = FORMATS[layout.dtype]
     planes = fmt.unpack(weight.data)
     sub_blocks = x.sums.shape[1]
-    stored = planes.codes.astype(np.int64) - fmt.code_min
+    integers = planes.codes if fmt.codebook is None else np.array(fmt.codebook)[planes.codes]
+    centre = layout.centre if fmt.has_mins else 0
     shape = (-1, sub_blocks, fmt.sub_block)
-    codes, int8 = stored.reshape(shape), x.codes.astype(np.int64).reshape(shape)
-    dots = np.einsum("msi,nsi->mns", int8, codes - layout.centre)
+    dots = np.einsum(
+        "msi,nsi->mns",
+        x.codes.astype(np.float64).reshape(shape),
+        integers.astype(np.float64).reshape(shape) - centre,
+    )
     scales = np.repeat(planes.scales, planes.codes.shape[1] // fmt.sub_block // planes.scales.shape[1], 1)
     activation_scales = np.repeat(x.scales, 32 // fmt.sub_block, 1).astype(np.float64)
     terms = dots * scales.astype(np.float64) * activation_scales[:, None]
     if planes.mins is not None:
-        rest = layout.centre * scales.astype(np.float64) - planes.mins
+        rest = centre * scales.astype(np.float64) - planes.mins
         terms = np.concatenate([terms, rest * x.sums[:, None].astype(np.float64)], -1)
     return terms.sum(-1), np.abs(terms).sum(-1)
 
@@ -126,7 +136,7 @@ def test_product_is_what_the_formula_says(run_kernel: Any, dtype: DType) -> None
 
 
 @each_target
-@pytest.mark.parametrize("dtype", [DType.Q4_0, DType.Q5_1, DType.Q8_0, DType.Q2_K, DType.Q6_K, DType.INT4])
+@pytest.mark.parametrize("dtype", ACROSS)
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
     weight = random_weight(dtype, ROWS, COLUMNS)
     for tokens in (1, 10):

@@ -20,6 +20,11 @@ from rlxc.dtypes import DType
 ROWS = 37
 """Not whole tiles: the last one has 5 rows."""
 
+ACROSS = [
+    *(DType.Q5_1, DType.Q8_0, DType.Q3_K, DType.IQ2_XS, DType.Q1_0, DType.NVFP4, DType.NF4, *FLOATS),
+]
+"""Formats for every target: each width of codes, each kind of scale and codebook."""
+
 TOLERANCE = 2e-6
 """Of the sum of the products' magnitudes: up to 512 sums in f32, each rounded to 6e-8, mostly in turns up and down."""
 
@@ -66,7 +71,7 @@ def test_product_is_that_of_the_decoded_weights(run_kernel: Any, dtype: DType) -
 
 
 @each_target
-@pytest.mark.parametrize("dtype", [DType.Q5_1, DType.Q8_0, DType.Q3_K, DType.NF4, DType.FP4, *FLOATS])
+@pytest.mark.parametrize("dtype", ACROSS)
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
     weight = random_weight(dtype, ROWS, 256)
     for tokens in (1, 3):

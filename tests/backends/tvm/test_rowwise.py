@@ -43,6 +43,24 @@ def glu(op: ops.Glu, x: Array) -> Array:
     return {"silu": silu, "gelu": gelu}[op.activation](gate) * up
 
 
+def layer_norm(op: ops.LayerNorm, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + op.eps) * weight
+    return scaled if bias is None else scaled + bias
+
+
+def clamped_swiglu(op: ops.ClampedSwiglu, gate: Array, up: Array) -> Array:
+    gate = np.minimum(gate, op.limit)
+    return gate / (1 + np.exp(-op.alpha * gate)) * (np.clip(up, -op.limit, op.limit) + 1)
+
+
+def mix(op: ops.MixExperts, x: Array, weights: Array) -> Array:
+    """Slots lie evenly in a row; what is beyond `WIDTH_OF_SLOT` numbers of each is not theirs."""
+    slots = x.reshape(len(x), weights.shape[1], -1)[..., :WIDTH_OF_SLOT]
+    return np.einsum("tun,tu->tn", slots, weights)
+
+
+WIDTH_OF_SLOT = 36
+
 MEANING: Mapping[type[ops.Op], Callable[..., Array]] = {
     ops.Add: lambda op, a, b: a + b,
     ops.Mul: lambda op, a, b: a * b,
@@ -53,6 +71,10 @@ MEANING: Mapping[type[ops.Op], Callable[..., Array]] = {
     ops.Gelu: lambda op, x: gelu(x),
     ops.Mean: lambda op, x: x.mean(-1, keepdims=True),
     ops.RmsNorm: rms_norm,
+    ops.LayerNorm: layer_norm,
+    ops.SoftCap: lambda op, x: op.cap * np.tanh(x / op.cap),
+    ops.ClampedSwiglu: clamped_swiglu,
+    ops.MixExperts: mix,
     ops.Glu: glu,
 }
 
@@ -90,6 +112,7 @@ def program(inputs: list[Row], steps: list[Step], widths: list[int], *stored: in
 
 
 NORM, HEADS = ops.RmsNorm(eps=1e-6), ops.RmsNorm(eps=1e-5, heads=4)
+LAYER = ops.LayerNorm(eps=1e-5)
 
 
 def row(width: int) -> Row:
@@ -110,6 +133,25 @@ PROGRAMS = {
         [Step(NORM, (0, 2), 4), Step(ops.Add(), (1, 4), 5), Step(NORM, (5, 3), 6)],
         [96, 96, 96],
         *(5, 6),
+    ),
+    "layer norm": program(
+        [row(80), weight(80), weight(80)],
+        [Step(LAYER, (0, 1, 2), 3), Step(LAYER, (3, 1), 4)],
+        [80, 80],
+        *(3, 4),
+    ),
+    "layer norm of a narrow row": program([row(6), weight(6)], [Step(LAYER, (0, 1), 2)], [6], 2),
+    "caps": program(
+        [row(40), row(40)],
+        [Step(ops.SoftCap(0.5), (0,), 2), Step(ops.ClampedSwiglu(1.7, 0.75), (2, 1), 3)],
+        [40, 40],
+        *(2, 3),
+    ),
+    "experts": program(
+        [row(3 * 48), row(3), row(36)],
+        [Step(ops.MixExperts(), (0, 1), 3), Step(ops.Add(), (3, 2), 4)],
+        [36, 36],
+        *(3, 4),
     ),
     "silu gate": program([row(192)], [Step(ops.Glu("silu"), (0,), 1)], [96], 1),
     "gelu gate": program([row(192)], [Step(ops.Glu("gelu"), (0,), 1)], [96], 1),
@@ -170,10 +212,46 @@ def test_rows_are_what_numpy_says(run_kernel: Any, name: str) -> None:
 
 
 @each_target
-@pytest.mark.parametrize("name", ["residual", "norm of narrow heads", "activations", "norm in small steps"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual",
+        "norm of narrow heads",
+        "layer norm",
+        "activations",
+        "caps",
+        "experts",
+        "norm in small steps",
+    ],
+)
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, name: str) -> None:
     for tokens in (2, 8):
         check(run_kernel, target, name, tokens)
+
+
+def test_layer_norm_of_nearly_equal_numbers_keeps_their_differences(run_kernel: Any) -> None:
+    """The mean is taken off before anything is squared."""
+    norm = program([row(64), weight(64)], [Step(LAYER, (0, 1), 2)], [64], 2)
+    x = (100 + 0.01 * np.random.default_rng(0).standard_normal((3, 64))).astype(np.float32)
+    (found,), _ = run(run_kernel, HERE[0], "far_from_zero", norm, [x, np.ones((1, 64), np.float32)], 3)
+    expected = layer_norm(LAYER, x.astype(np.float64), np.ones(64))
+    # The mean of numbers of 100 in f32 is right to 1e-5; the deviation is 0.01.
+    np.testing.assert_allclose(found, expected, atol=3e-3)
+
+
+def test_caps_and_clamps_hold_and_do_not_hide_what_is_not_a_number(run_kernel: Any) -> None:
+    caps = program(
+        [row(16)],
+        [Step(ops.SoftCap(30.0), (0,), 1), Step(ops.ClampedSwiglu(1.7, 7.0), (0, 0), 2)],
+        [16, 16],
+        *(1, 2),
+    )
+    x = np.resize(np.array([np.nan, 1e30, -1e30, np.inf], np.float32), (1, 16))
+    (capped, gated), _ = run(run_kernel, HERE[0], "hold", caps, [x], 1)
+    np.testing.assert_allclose(capped[0, :4], [np.nan, 30, -30, 30], rtol=1e-6)
+    # 7 sigmoid(7 alpha) (7 + 1), and nothing where the gate is closed.
+    most = 56 / (1 + np.exp(-7 * 1.7))
+    np.testing.assert_allclose(gated[0, :4], [np.nan, most, 0, most], rtol=1e-6, atol=1e-5)
 
 
 def test_ops_are_either_supported_or_refused() -> None:
@@ -247,7 +325,7 @@ def test_rounded_rows_are_what_int8_promises(run_kernel: Any, target: CpuTarget,
     rounding = RowProgram((Row(512, 516),), (), (), (), ((0, quantised),))
     _, (found,) = run(run_kernel, target, f"round_{dtype}", rounding, [x], len(x))
     check_rounding(layout, quantised, x, found)
-    assert quantised.centre == layout.centre - Vectors.of(target).shift(layout.max_code)
+    assert quantised.centre == layout.centre - Vectors.of(target).shift(layout.max_number)
 
 
 def test_rows_are_rounded_for_every_product_that_reads_them(run_kernel: Any) -> None:

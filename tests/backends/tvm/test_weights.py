@@ -15,11 +15,13 @@ from random_tensors import RandomTensors
 from safetensors import safe_open
 from stored_weights import store
 
+from rlxc.backends import recipes
 from rlxc.backends.tvm.layout import layout_of
 from rlxc.backends.tvm.weights import WeightsFile
 from rlxc.dtypes import DType
 from rlxc.errors import UnsupportedError
 from rlxc.ir import parse
+from rlxc.weights.encode import encode
 
 MODEL = """
 graph model
@@ -121,6 +123,37 @@ def test_stacked_weights_lie_like_one(written: Written) -> None:
     found = written.tensor("qkv").view(np.int8)
     # Whole tiles: 60 rows of codes and f16 have no gap between their sections.
     np.testing.assert_array_equal(found, store(layout, [np.concatenate(parts)]))
+
+
+EXPERTS = """
+graph experts
+input %x: f32[batch, seq, 64]
+input %chosen: i64[batch, seq, 2]
+weight @w: {weight}
+weight @b: f32[3, 20]
+%y = ExpertMatMul(%x, @w, %chosen, @b)
+output %y
+"""
+
+
+@pytest.mark.parametrize("dtype", ["q4_1", "f32"])
+@pytest.mark.parametrize("recipe", ["", " = encode(@given: bf16[3, 20, 64])"])
+def test_experts_lie_in_whole_tiles_each_and_so_do_their_biases(
+    tmp_path: Path, dtype: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "CHUNK_VALUES", 64 * 7)  # pieces that end anywhere
+    written = write(tmp_path, EXPERTS.format(weight=f"{dtype}[3, 20, 64]{recipe}"))
+    layout = layout_of(DType(dtype), 3 * 32, 64)
+    assert written.file.stored["w"].layout == layout
+    if recipe:
+        rows = encode(DType(dtype), written.tensors.decoded["given"].reshape(60, 64)).view(np.uint8)
+    else:
+        rows = written.tensors.packed["w"]
+    experts = np.pad(rows.reshape(3, 20, -1), ((0, 0), (0, 12), (0, 0)))
+    found = written.tensor("w").view(np.int8)
+    np.testing.assert_array_equal(found, store(layout, list(experts)))
+    biases = written.tensor("b").view(np.float32).reshape(3, 32)
+    np.testing.assert_array_equal(biases, np.pad(written.tensors.decoded["b"], ((0, 0), (0, 12))))
 
 
 def test_vectors_lie_as_they_are(written: Written) -> None:

@@ -23,7 +23,7 @@ def changed_layer(manifest: Manifest, index: int, **changes: Any) -> Manifest:
 
 
 FOLDED = AdapterEntry("a", "1" * 64, 1.0, ("blk.0.attn_q.weight",), None)
-WEIGHT = WeightEntry("w", DType.F32, (4, 4), "", 64)
+WEIGHT = WeightEntry("w", DType.F32, (4, 4), "", 64, 64, "f32")
 
 DIFFERENT: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     "model": (lambda m: replace(m, model=replace(m.model, fingerprint="1" * 64)), "is of another model"),

@@ -14,7 +14,7 @@ class QuantisedRow:
     """One token's activations ``[columns]`` in int8, with what a product with some format needs beside them.
 
     A row is: ``columns`` int8; f32 ``scales``, one per 32 columns, where ``x = scale * int8``; int32 ``starts``, one
-    per sub-block, ``-centre * sum(int8)``, from which a sum over unsigned codes starts; and, for formats with
+    per sub-block, ``-centre * sum(int8)``, from which a sum over stored numbers starts; and, for formats with
     minimums, f32 ``sums``, one per sub-block, of x as it was before rounding. Where the
     multiplication takes something off the codes itself, ``centre`` is less by that. Offsets and stride are in bytes.
     """
@@ -27,7 +27,7 @@ class QuantisedRow:
     @classmethod
     def of(cls, layout: PackedLayout, vectors: Vectors) -> QuantisedRow:
         """The row that a product with this weight reads."""
-        centre = layout.centre - vectors.shift(layout.max_code)
+        centre = layout.centre - vectors.shift(layout.max_number)
         return cls(layout.columns, layout.format.sub_block, centre, layout.format.has_mins)
 
     @property

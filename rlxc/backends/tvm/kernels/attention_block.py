@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as T
 
 from rlxc.backends.tvm.kernels.cache import TILE, CacheShape, Pages
 from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, bind, local, serial, when
-from rlxc.backends.tvm.kernels.math import reduce_max, tanh, vanishing_exp
+from rlxc.backends.tvm.kernels.math import reduce_max, soft_cap, vanishing_exp
 from rlxc.backends.tvm.kernels.rope import dividing
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.targets import CpuTarget
@@ -228,8 +228,7 @@ class Block:
     def _capped(self, score: Expr) -> Expr:
         if self.soft_cap is None:
             return score
-        cap = self.vectors.splat(self.soft_cap)
-        return cap * tanh(self.vectors, score * self.vectors.splat(1 / self.soft_cap))
+        return soft_cap(self.vectors, score, self.soft_cap)
 
     def hide(self, rows: Rows, state: State, position: Expr) -> None:
         """Hide keys that a row does not see, in blocks that have such keys."""

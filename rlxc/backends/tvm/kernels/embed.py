@@ -17,11 +17,12 @@ from rlxc.backends.tvm.kernels.kernel import (
     bind,
     for_rows,
     serial,
-    size_of,
     view,
 )
+from rlxc.backends.tvm.kernels.scales import StoredScales
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, FloatLayout, Layout, PackedLayout
 from rlxc.dtypes import DType
+from rlxc.weights.fields import Scale
 
 _DTYPES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
 
@@ -59,15 +60,15 @@ def _float_row(layout: FloatLayout, table: Buffer, id: Expr, out: Buffer, start:
 def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, start: Expr) -> None:
     format, words = layout.format, view(table, "int32")
     tile, lane = bind(id >> 4), bind(id & 15)
-    floats, size = view(table, layout.scale_type), size_of(layout.scale_type)
     codebook = table_of(format.codebook) if format.codebook else None
 
     def place(section: str) -> Expr:
         found = layout.sections[section]
         return found.offset + tile * found.tile_bytes
 
-    def scale(name: str, block: Expr, sub_block: Expr) -> Expr:
-        value = Cast("float32", floats[place(name) // size + block * TILE + lane])
+    def read(name: str, scale: Scale, sub_block: Expr) -> Expr:
+        index = sub_block // (layout.scale_columns // format.sub_block)
+        value = StoredScales(table, scale.kind, scale.unit).read(place(name), index * TILE + lane, lanes=1)
         if layout.has_factors:
             factor = table[place(f"{name}_factors") + sub_block * TILE + lane]
             value = value * Cast("float32", factor)
@@ -79,11 +80,11 @@ def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, star
         found: dict[str, Any] = {}
         for group in range(GROUPS):
             if group * 4 % format.sub_block == 0:
-                super_block = block // (format.block_size // BLOCK)
                 sub_block = (block * GROUPS + group) // per_sub
-                found["scale"] = scale("scale", super_block, sub_block)
-                if format.has_mins:
-                    found["minimum"] = scale("minimum", super_block, sub_block)
+                assert format.scale is not None
+                found["scale"] = read("scale", format.scale, sub_block)
+                if format.minimum is not None:
+                    found["minimum"] = read("minimum", format.minimum, sub_block)
             word = _word(layout, words, codes + block * (layout.bits * TILE), group)
             for i in range(4):
                 code = (word >> (8 * i)) & 0xFF

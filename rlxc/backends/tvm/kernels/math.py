@@ -41,8 +41,11 @@ def polynomial(vectors: Vectors, x: Expr, coefficients: Sequence[float]) -> Expr
 
 
 def exp(vectors: Vectors, x: Expr) -> Expr:
-    """e^x for x <= 88, within 2e-7 of it; below -87 it stays at e^-87, about 1.6e-38."""
-    x = bind(T.max(x, vectors.splat(_EXP_LEAST)))
+    """e^x for x <= 88, within 2e-7 of it; below -87 it stays at e^-87, about 1.6e-38.
+
+    Clamps, here and below, have the number last: it comes out where it is NaN.
+    """
+    x = bind(T.max(vectors.splat(_EXP_LEAST), x))
     shifted = bind(vectors.fma(x, vectors.splat(1 / math.log(2)), vectors.splat(_ROUNDER)))
     power = bind(shifted - vectors.splat(_ROUNDER))
     rest = vectors.fma(power, vectors.splat(-_LN2_HIGH), x)
@@ -79,7 +82,7 @@ def tanh(vectors: Vectors, x: Expr) -> Expr:
     one, two = vectors.splat(1.0), vectors.splat(2.0)
     # Beyond 10 the tangent is 1 in f32; the clamp keeps the exponential finite, and the square may overflow.
     size = bind(T.max(x, vectors.splat(0.0) - x))
-    power = exp(vectors, T.min(two * size, vectors.splat(20.0)))
+    power = exp(vectors, T.min(vectors.splat(20.0), two * size))
     large = bind(one - two / (one + power))
     signed = Select(x < vectors.splat(0.0), vectors.splat(0.0) - large, large)
     return Select(size < vectors.splat(_TANH_SMALL), small, signed)
@@ -92,6 +95,19 @@ def gelu_tanh(vectors: Vectors, x: Expr) -> Expr:
     inner = vectors.fma(x * x, vectors.splat(0.044715 * scale), vectors.splat(scale))
     # Beyond a size of 1e12 the cube overflows, where the sigmoid is 0 or 1 long since.
     return x * sigmoid(vectors, x * inner)
+
+
+def soft_cap(vectors: Vectors, x: Expr, cap: float) -> Expr:
+    """``cap * tanh(x / cap)``."""
+    return vectors.splat(cap) * tanh(vectors, x * vectors.splat(1 / cap))
+
+
+def clamped_swiglu(vectors: Vectors, gate: Expr, up: Expr, alpha: float, limit: float) -> Expr:
+    """``g sigmoid(alpha g) (u + 1)``, where g is at most ``limit`` and u within it on both sides."""
+    most = vectors.splat(limit)
+    gate = bind(T.min(most, gate))
+    up = T.max(vectors.splat(-limit), T.min(most, up))
+    return gate * sigmoid(vectors, gate * vectors.splat(alpha)) * (up + vectors.splat(1.0))
 
 
 def reduce_max(vectors: Vectors, x: Expr) -> Expr:

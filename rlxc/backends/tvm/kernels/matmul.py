@@ -1,12 +1,13 @@
 """``y = x W^T + bias`` with a packed weight and int8 activations.
 
-The weight's codes are multiplied as they are, four at a time. A task takes a tile of 16 rows and multiplies it with all
-tokens, some at a time, so that every weight is read from memory once; where that makes many passes, the tile's codes
+The weight's codes, or the integers that they stand for in its codebook, are multiplied four at a time, as the stored
+numbers of :class:`~rlxc.backends.tvm.layout.PackedLayout`. A task takes a tile of 16 rows and multiplies it with all
+tokens, some at a time, so that every weight is read from memory once; where that makes many passes, the tile's numbers
 are unpacked before. With centre ``c``, sub-blocks ``s``, activation scale ``a``:
 
-    y = sum_s  scale_s a_s (codes_s . int8_s - c sum(int8_s))  +  sum_s (c scale_s - minimum_s) sum(x_s)
+    y = sum_s  scale_s a_s (numbers_s . int8_s - c sum(int8_s))  +  sum_s (c scale_s - minimum_s) sum(x_s)
 
-The second sum is there for formats with minimums only; in others the centre is the code of zero.
+The second sum is there for formats with minimums only; in others the centre is the number of zero.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from rlxc.backends.tvm.kernels.kernel import (
 )
 from rlxc.backends.tvm.kernels.lora import LoraUp, UpTile
 from rlxc.backends.tvm.kernels.output import OutputRows
-from rlxc.backends.tvm.kernels.tiles import TileReader, groups_of
+from rlxc.backends.tvm.kernels.tiles import SubBlock, TileReader, groups_of
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
 
@@ -66,13 +67,12 @@ def matmul_kernel(
     one; the output, f32 ``[tokens, rows]`` with the stride of ``output``; the number of tokens; what ``lora`` takes.
     """
     row = QuantisedRow.of(layout, vectors)
-    at_once = knobs["tokens"]
 
     def body(weight: Buffer, activations: Buffer, *rest: Buffer) -> None:
         biases = rest[0] if bias else None
         out, count, *stacks = rest[bias:]
         ints, floats = view(activations, "int32"), view(activations, "float32")
-        product = _Product(vectors, layout, row, ints, floats, biases, out, output)
+        product = Product(vectors, layout, row, ints, floats, biases, out, output)
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
             added = None
@@ -80,98 +80,98 @@ def matmul_kernel(
                 added = UpTile(vectors, lora, stacks, tile)
                 with when(count <= FEW):
                     added.prefetch()
-            for first in range(0, TILE, vectors.lanes):
-                packed = _Packed(TileReader(vectors, layout, weight, tile, first), knobs["prefetch"])
-
-                def multiply(source: _Packed | _Unpacked, sizes: Sequence[int], first: int = first) -> None:
-                    for_tokens(
-                        count, sizes, lambda n, start: product.emit(source, tile, first, n, start, added)
-                    )
-
-                with T.If(count >= _PASSES * at_once):
-                    with T.Then():
-                        multiply(_Unpacked(vectors, layout, packed), pieces_of(at_once))
-                    with T.Else():
-                        multiply(packed, [size for size in (8, 4, 2, 1) if size <= at_once])
+            product.multiply(knobs, weight, tile, count, added)
 
     params: list[Pointer | Number] = [Pointer("weight", "int8"), Pointer("activations", "int8")]
     if bias:
         params.append(Pointer("bias", "float32"))
-    name = f"matmul_{layout.dtype}_{layout.rows}x{layout.columns}_{output.stride}{'_bias' if bias else ''}"
+    name = f"matmul_{layout.dtype}_{layout.rows}x{layout.columns}_{output.name}{'_bias' if bias else ''}"
     params += [Pointer("out", "float32"), Number("tokens")]
     if lora is not None:
         name, params = f"{name}_{lora.name}", [*params, *lora.params]
     return Kernel(name, tuple(params), body)
 
 
+def _same(token: Expr) -> Expr:
+    return token
+
+
 @dataclass(frozen=True)
-class _SubBlock:
-    """A sub-block of some rows: its codes by group, its scale, and what multiplies the sum of x, if anything does."""
+class Places:
+    """Where a product's tokens lie, and the tiles of its weight.
+
+    Attributes:
+        read: the row of the activations that a token has; by default the token's own number.
+        write: the row of the results that it has.
+        first_tile: the tile of the stored weight, and of the stored bias, that is the product's tile 0.
+    """
+
+    read: Callable[[Expr], Expr] = _same
+    write: Callable[[Expr], Expr] = _same
+    first_tile: Expr = 0
+
+
+IN_ORDER = Places()
+"""Tokens one after the other, and one matrix."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a sub-block of some rows adds: its numbers by group, its scale, and what multiplies the sum of x, if any."""
 
     block: Expr
     index: Expr
     groups: range
-    codes: Callable[[int], Expr]
+    numbers: Callable[[int], Expr]
     scale: Expr
     rest: Expr | None
 
 
-class _Packed:
+class PackedRows:
     """A weight's rows as they lie in memory."""
 
     def __init__(self, reader: TileReader, prefetch: int) -> None:
         self._reader, self._prefetch = reader, prefetch
 
-    def walk(self, tokens: int, visit: Callable[[_SubBlock], None]) -> None:
+    def walk(self, tokens: int, visit: Callable[[Terms], None]) -> None:
         """Visit all sub-blocks in order, on behalf of so many tokens."""
-        reader, layout = self._reader, self._reader.layout
-        format = layout.format
-        per_scale, parts = format.block_size // BLOCK, BLOCK // format.sub_block
-        with serial(layout.blocks // per_scale) as super_block:
-            scale = bind(reader.scale(super_block))
-            minimum = bind(reader.minimum(super_block)) if format.has_mins else None
-            with serial(per_scale) as index:
-                block = bind(super_block * per_scale + index)
-                if tokens <= FEW and self._prefetch:
-                    reader.prefetch(block, self._prefetch)
-                for part in range(parts):
-                    visit(self._sub_block(block, part, bind(block * parts + part), scale, minimum))
+        ahead = self._prefetch if tokens <= FEW else 0
+        # Rounding x changes more than leaving out the smallest scales does.
+        self._reader.walk(ahead, lambda part: visit(self._terms(part)), flush=True)
 
-    def _sub_block(self, block: Expr, part: int, index: Expr, scale: Expr, minimum: Expr | None) -> _SubBlock:
-        reader, layout = self._reader, self._reader.layout
-        if layout.has_factors:
-            scale = bind(scale * reader.scale_factor(index))
-        rest = None
-        if minimum is not None:
-            if layout.has_factors:
-                minimum = minimum * reader.minimum_factor(index)
-            rest = bind(scale * reader.vectors.splat(float(layout.centre)) - minimum)
-        groups = groups_of(layout.format.sub_block, part)
-        return _SubBlock(block, index, groups, lambda group: bind(reader.codes(block, group)), scale, rest)
+    def _terms(self, part: SubBlock) -> Terms:
+        reader, rest = self._reader, None
+        if part.minimum is not None:
+            rest = bind(part.scale * reader.vectors.splat(float(reader.layout.centre)) - part.minimum)
+
+        def numbers(group: int) -> Expr:
+            return bind(reader.numbers(part, group))
+
+        return Terms(part.block, part.index, part.groups, numbers, part.scale, rest)
 
 
-class _Unpacked:
-    """The same rows, with each code in a byte and each scale in an f32, unpacked once for many tokens."""
+class UnpackedRows:
+    """The same rows, with each number in a byte and each scale in an f32, unpacked once for many tokens."""
 
-    def __init__(self, vectors: Vectors, layout: PackedLayout, packed: _Packed) -> None:
+    def __init__(self, vectors: Vectors, layout: PackedLayout, packed: PackedRows) -> None:
         """Unpacks the rows."""
         self._vectors, self._layout = vectors, layout
         sub_blocks = layout.columns // layout.format.sub_block
-        self._codes = local(layout.columns * vectors.lanes, "int8")
+        self._numbers = local(layout.columns * vectors.lanes, "int8")
         self._scales = local(sub_blocks * vectors.lanes, "float32")
         self._rests = local(sub_blocks * vectors.lanes, "float32") if layout.format.has_mins else None
 
-        def unpack(part: _SubBlock) -> None:
+        def unpack(part: Terms) -> None:
             for group in part.groups:
-                vectors.store_bytes(self._codes, self._place(part.block, group), part.codes(group))
+                vectors.store_bytes(self._numbers, self._place(part.block, group), part.numbers(group))
             vectors.store(self._scales, part.index * vectors.lanes, part.scale)
             if self._rests is not None:
                 vectors.store(self._rests, part.index * vectors.lanes, part.rest)
 
         packed.walk(FEW, unpack)
 
-    def walk(self, tokens: int, visit: Callable[[_SubBlock], None]) -> None:
-        """As :meth:`_Packed.walk`."""
+    def walk(self, tokens: int, visit: Callable[[Terms], None]) -> None:
+        """As :meth:`PackedRows.walk`."""
         vectors = self._vectors
         parts = BLOCK // self._layout.format.sub_block
         with serial(self._layout.blocks) as block:
@@ -182,19 +182,22 @@ class _Unpacked:
                     rest = bind(vectors.load(self._rests, index * vectors.lanes))
                 scale = bind(vectors.load(self._scales, index * vectors.lanes))
 
-                def codes(group: int) -> Expr:
-                    return bind(vectors.load_bytes(self._codes, self._place(block, group)))
+                def numbers(group: int) -> Expr:
+                    return bind(vectors.load_bytes(self._numbers, self._place(block, group)))
 
                 groups = groups_of(self._layout.format.sub_block, part)
-                visit(_SubBlock(block, index, groups, codes, scale, rest))
+                visit(Terms(block, index, groups, numbers, scale, rest))
 
     def _place(self, block: Expr, group: int) -> Expr:
         return (block * GROUPS + group) * (4 * self._vectors.lanes)
 
 
 @dataclass(frozen=True)
-class _Product:
-    """The buffers of one product; emits the code for some rows and some tokens."""
+class Product:
+    """The buffers of one product; emits the code for some rows and some tokens.
+
+    ``ints`` and ``floats`` are the activations, :class:`QuantisedRow` rows, seen as numbers of these types.
+    """
 
     vectors: Vectors
     layout: PackedLayout
@@ -204,26 +207,47 @@ class _Product:
     bias: Buffer | None
     out: Buffer
     output: OutputRows
+    places: Places = IN_ORDER
+
+    def multiply(
+        self, knobs: Knobs, weight: Buffer, tile: Expr, count: Expr, added: UpTile | None = None
+    ) -> None:
+        """A tile of the weight's bytes times ``count`` tokens, with :func:`matmul_kernel`'s knobs."""
+        vectors, at_once = self.vectors, knobs["tokens"]
+        for first in range(0, TILE, vectors.lanes):
+            reader = TileReader(vectors, self.layout, weight, self.places.first_tile + tile, first)
+            packed = PackedRows(reader, knobs["prefetch"])
+
+            def run(source: PackedRows | UnpackedRows, sizes: Sequence[int], first: int = first) -> None:
+                for_tokens(count, sizes, lambda n, start: self.emit(source, tile, first, n, start, added))
+
+            with T.If(count >= _PASSES * at_once):
+                with T.Then():
+                    run(UnpackedRows(vectors, self.layout, packed), pieces_of(at_once))
+                with T.Else():
+                    run(packed, [size for size in (8, 4, 2, 1) if size <= at_once])
 
     def emit(
         self,
-        source: _Packed | _Unpacked,
+        source: PackedRows | UnpackedRows,
         tile: Expr,
         first: int,
         tokens: int,
         start: Expr,
-        added: UpTile | None,
+        added: UpTile | None = None,
     ) -> None:
         """The tile's rows from ``first`` on, as ``source`` has them, times ``tokens`` tokens from ``start`` on."""
         vectors = self.vectors
-        rows = [bind((start + token) * self.row.stride) for token in range(tokens)]
+        rows = [bind(self.places.read(start + token) * self.row.stride) for token in range(tokens)]
         sums = [Register(vectors.lanes, vectors.splat(0.0)) for _ in range(tokens)]
         source.walk(tokens, lambda part: self._add(part, sums, rows))
         if added is not None:
             added.add(sums, start, first)
-        self.output.finish(vectors, sums, self.bias, self.out, start, tile, first)
+        written = [self.places.write(start + token) for token in range(tokens)]
+        stored = self.places.first_tile + tile
+        self.output.finish(vectors, sums, self.bias, self.out, written, tile, first, stored)
 
-    def _add(self, part: _SubBlock, sums: list[Register], rows: list[Expr]) -> None:
+    def _add(self, part: Terms, sums: list[Register], rows: list[Expr]) -> None:
         """Add a sub-block to the sums; ``rows`` are where the tokens' activations begin."""
         vectors, row = self.vectors, self.row
         ints, floats = self.ints, self.floats
@@ -232,10 +256,10 @@ class _Product:
             for at in rows
         ]
         for group in part.groups:
-            codes = part.codes(group)
+            numbers = part.numbers(group)
             for at, dot in zip(rows, dots):
                 word = ints[at // 4 + part.block * GROUPS + group]
-                dot.set(vectors.dot(dot.get(), codes, word, self.layout.max_code))
+                dot.set(vectors.dot(dot.get(), numbers, word, self.layout.max_number))
         for at, dot, total in zip(rows, dots, sums):
             scale = part.scale * vectors.splat(floats[(at + row.scales) // 4 + part.block])
             total.set(vectors.fma(vectors.floats(dot.get()), scale, total.get()))

@@ -1,7 +1,8 @@
 """``y = x W^T + bias`` with f32 activations: weights in float formats, and packed ones when nothing may be rounded.
 
-Each weight becomes an f32 in a register, where all tokens of a pass multiply it; sums are f32. Formats with a codebook
-are multiplied so even if activations are rounded elsewhere: a codebook's values are no integers.
+Each weight becomes an f32 in a register, without its scale if nothing else is added to it, where all tokens of a pass
+multiply it; sums are f32, and the scale multiplies those of its sub-block. Formats with a codebook whose values are no
+integers are multiplied so even if activations are rounded elsewhere.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from rlxc.backends.tvm.kernels.kernel import (
     when,
 )
 from rlxc.backends.tvm.kernels.lora import LoraUp, UpTile
-from rlxc.backends.tvm.kernels.matmul import FEW
+from rlxc.backends.tvm.kernels.matmul import FEW, IN_ORDER, Places
 from rlxc.backends.tvm.kernels.output import OutputRows
-from rlxc.backends.tvm.kernels.tiles import TileReader, groups_of
+from rlxc.backends.tvm.kernels.tiles import SubBlock, TileReader
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, FloatLayout, Layout, PackedLayout
 from rlxc.dtypes import DType
+
+_CHAINS = 4
+"""Sums of few tokens that are added up side by side."""
 
 _DTYPES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "uint16"}
 
@@ -60,7 +64,9 @@ def exact_matmul_kernel(
     def body(weight: Buffer, x: Buffer, *rest: Buffer) -> None:
         bias_buffer = rest[0] if bias else None
         out, count, *stacks = rest[bias:]
-        product = _Product(vectors, knobs["prefetch"], layout, weight, x, stride, bias_buffer, out, output)
+        product = ExactProduct(
+            vectors, knobs["prefetch"], layout, weight, x, stride, bias_buffer, out, output
+        )
         with parallel(layout.tiles) as index:
             tile = bind(Cast("int64", index))
             added = None
@@ -78,7 +84,7 @@ def exact_matmul_kernel(
     if bias:
         params.append(Pointer("bias", "float32"))
     name = (
-        f"matmul_exact_{layout.dtype}_{layout.rows}x{layout.columns}_{stride}_{output.stride}"
+        f"matmul_exact_{layout.dtype}_{layout.rows}x{layout.columns}_{stride}_{output.name}"
         f"{'_bias' if bias else ''}"
     )
     params += [Pointer("out", "float32"), Number("tokens")]
@@ -88,7 +94,7 @@ def exact_matmul_kernel(
 
 
 @dataclass(frozen=True)
-class _Product:
+class ExactProduct:
     """The buffers of one product; emits the code for a tile and some tokens."""
 
     vectors: Vectors
@@ -100,20 +106,23 @@ class _Product:
     bias: Buffer | None
     out: Buffer
     output: OutputRows
+    places: Places = IN_ORDER
 
-    def emit(self, tile: Expr, tokens: int, start: Expr, added: UpTile | None) -> None:
+    def emit(self, tile: Expr, tokens: int, start: Expr, added: UpTile | None = None) -> None:
         """All rows of the tile, times ``tokens`` tokens from ``start`` on."""
         vectors = self.vectors
-        rows = [bind((start + token) * self.stride) for token in range(tokens)]
+        rows = [bind(self.places.read(start + token) * self.stride) for token in range(tokens)]
+        written = [self.places.write(start + token) for token in range(tokens)]
+        stored = self.places.first_tile + tile
         for first in range(0, TILE, vectors.lanes):
             sums = [Register(vectors.lanes, vectors.splat(0.0)) for _ in range(tokens)]
             if isinstance(self.layout, PackedLayout):
-                self._packed(TileReader(vectors, self.layout, self.weight, tile, first), sums, rows)
+                self._packed(TileReader(vectors, self.layout, self.weight, stored, first), sums, rows)
             else:
-                self._float(self.layout, tile, first, sums, rows)
+                self._float(self.layout, stored, first, sums, rows)
             if added is not None:
                 added.add(sums, start, first)
-            self.output.finish(vectors, sums, self.bias, self.out, start, tile, first)
+            self.output.finish(vectors, sums, self.bias, self.out, written, tile, first, stored)
 
     def _float(
         self, layout: FloatLayout, tile: Expr, first: int, sums: list[Register], rows: list[Expr]
@@ -121,52 +130,51 @@ class _Product:
         vectors = self.vectors
         values = view(self.weight, _DTYPES[layout.dtype])
         start = bind(tile * (layout.columns * TILE) + first)
-        with serial(layout.columns) as column:
+        widen = vectors.widen_bf16 if layout.dtype is DType.BF16 else vectors.floats
+        # Several sums where they fit in registers, since each addition waits for the one before.
+        chains = _CHAINS // len(rows) or 1
+        more = [[Register(vectors.lanes, vectors.splat(0.0)) for _ in rows] for _ in range(chains - 1)]
+
+        def add(column: Expr, into: list[Register]) -> None:
             weight = vectors.load(values, start + column * TILE)
-            widen = vectors.widen_bf16 if layout.dtype is DType.BF16 else vectors.floats
-            self._multiply(bind(widen(weight)), column, sums, rows)
+            self._multiply(bind(widen(weight)), column, into, rows)
+
+        whole = layout.columns // chains * chains
+        with serial(whole // chains) as index:
+            for chain, into in enumerate([sums, *more]):
+                add(bind(index * chains + chain), into)
+        for column in range(whole, layout.columns):
+            add(column, sums)
+        for others in more:
+            for total, other in zip(sums, others):
+                total.set(total.get() + other.get())
 
     def _packed(self, reader: TileReader, sums: list[Register], rows: list[Expr]) -> None:
-        layout: PackedLayout = reader.layout
-        format = layout.format
-        per_scale, sub_blocks = format.block_size // BLOCK, BLOCK // format.sub_block
-        with serial(layout.blocks // per_scale) as super_block:
-            scale = bind(reader.scale(super_block))
-            minimum = bind(reader.minimum(super_block)) if format.has_mins else None
-            with serial(per_scale) as index:
-                block = bind(super_block * per_scale + index)
-                if len(rows) <= FEW and self.prefetch:
-                    reader.prefetch(block, self.prefetch)
-                for part in range(sub_blocks):
-                    self._sub_block(reader, sums, rows, block, part, scale, minimum)
-
-    def _sub_block(
-        self,
-        reader: TileReader,
-        sums: list[Register],
-        rows: list[Expr],
-        block: Expr,
-        part: int,
-        scale: Expr,
-        minimum: Expr | None,
-    ) -> None:
         vectors, layout = self.vectors, reader.layout
-        sub_block = bind(block * (BLOCK // layout.format.sub_block) + part)
-        if layout.has_factors:
-            scale = bind(scale * reader.scale_factor(sub_block))
-        if minimum is not None and layout.has_factors:
-            minimum = bind(minimum * reader.minimum_factor(sub_block))
-        low = vectors.splat(layout.format.code_min, "int32")
-        codebook = Codebook(vectors, layout.format.codebook) if layout.format.codebook else None
-        for group in groups_of(layout.format.sub_block, part):
-            words = bind(vectors.as_words(reader.codes(block, group)))
-            for i in range(BLOCK // GROUPS):
-                code = (words >> vectors.splat(8 * i, "int32")) & vectors.splat(0xFF, "int32")
-                weight = (codebook[code] if codebook else vectors.floats(code + low)) * scale
-                if minimum is not None:
-                    weight = weight - minimum
-                column = block * BLOCK + group * (BLOCK // GROUPS) + i
-                self._multiply(bind(weight), column, sums, rows)
+        low = vectors.splat(layout.low, "int32")
+        codebook = None
+        if layout.format.codebook is not None and not layout.has_integers:
+            codebook = Codebook(vectors, layout.format.codebook)
+
+        def add(part: SubBlock) -> None:
+            # Sums of its own, since each addition waits for the one before.
+            own = [Register(vectors.lanes, vectors.splat(0.0)) for _ in rows]
+            for group in part.groups:
+                words = bind(vectors.as_words(reader.numbers(part, group)))
+                for i in range(BLOCK // GROUPS):
+                    number = (words >> vectors.splat(8 * i, "int32")) & vectors.splat(0xFF, "int32")
+                    value = codebook[number] if codebook else vectors.floats(number + low)
+                    if part.minimum is not None:
+                        value = value * part.scale - part.minimum
+                    column = part.block * BLOCK + group * (BLOCK // GROUPS) + i
+                    self._multiply(bind(value), column, own, rows)
+            for total, added in zip(sums, own):
+                if part.minimum is None:
+                    total.set(vectors.fma(added.get(), part.scale, total.get()))
+                else:
+                    total.set(total.get() + added.get())
+
+        reader.walk(self.prefetch if len(rows) <= FEW else 0, add)
 
     def _multiply(self, weight: Expr, column: Expr, sums: list[Register], rows: list[Expr]) -> None:
         for at, total in zip(rows, sums):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from tvm.tirx.script.builder import ir as T
 
 from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, Register, bind, when
+from rlxc.backends.tvm.kernels.math import soft_cap
+from rlxc.backends.tvm.kernels.rope import digits
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import TILE
 
@@ -16,11 +18,17 @@ from rlxc.backends.tvm.layout import TILE
 class OutputRows:
     """f32 ``[tokens, rows]``; a token's results begin ``stride`` elements after those of the token before.
 
-    ``rows`` need not be a multiple of 16: nothing is written beyond them.
+    ``rows`` need not be a multiple of 16: nothing is written beyond them. A ``cap`` c makes c tanh(y / c) of y.
     """
 
     rows: int
     stride: int
+    cap: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What of it a kernel's name says: all but the rows."""
+        return f"{self.stride}{'' if self.cap is None else f'_cap_{digits(self.cap)}'}"
 
     def finish(
         self,
@@ -28,17 +36,21 @@ class OutputRows:
         sums: Sequence[Register],
         bias: Buffer | None,
         out: Buffer,
-        start: Expr,
+        tokens: Sequence[Expr],
         tile: Expr,
         first: int,
+        stored_tile: Expr,
     ) -> None:
-        """Write the sums of tokens from ``start`` on, for a tile's rows from ``first`` on, with the bias if any."""
+        """Write the sums of tokens, for a tile's rows from ``first`` on, with the bias, of ``stored_tile``, if any."""
         if bias is not None:
-            biases = bind(vectors.load(bias, tile * TILE + first))
+            biases = bind(vectors.load(bias, stored_tile * TILE + first))
             for total in sums:
                 total.set(total.get() + biases)
-        for token, total in enumerate(sums):
-            self._store(vectors, out, start + token, tile, first, total)
+        if self.cap is not None:
+            for total in sums:
+                total.set(soft_cap(vectors, total.get(), self.cap))
+        for token, total in zip(tokens, sums):
+            self._store(vectors, out, token, tile, first, total)
 
     def _store(
         self, vectors: Vectors, out: Buffer, token: Expr, tile: Expr, first: int, value: Register

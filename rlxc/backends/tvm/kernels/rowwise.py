@@ -152,6 +152,9 @@ def _emit(vectors: Vectors, op: ops.Op, args: list[Any], out: _Place) -> None:
         case ops.RmsNorm():
             x, weight = args
             _rms_norm(vectors, op, x, weight, out)
+        case ops.LayerNorm():
+            x, weight, *bias = args
+            _layer_norm(vectors, op, x, weight, bias, out)
         case ops.Add():
             _elementwise(vectors, args, out, lambda v, a, b: a + b)
         case ops.Mul():
@@ -166,6 +169,13 @@ def _emit(vectors: Vectors, op: ops.Op, args: list[Any], out: _Place) -> None:
             _elementwise(vectors, args, out, math.silu)
         case ops.Gelu():
             _elementwise(vectors, args, out, math.gelu_tanh)
+        case ops.SoftCap(cap=cap):
+            _elementwise(vectors, args, out, lambda v, a: math.soft_cap(v, a, cap))
+        case ops.ClampedSwiglu(alpha=alpha, limit=limit):
+            _elementwise(vectors, args, out, lambda v, a, b: math.clamped_swiglu(v, a, b, alpha, limit))
+        case ops.MixExperts():
+            x, weights = args
+            _mix(vectors, x, weights, out)
         case ops.Glu(activation=activation):
             (both,) = args
             gate = _Place(both.buffer, both.start, out.width)
@@ -184,6 +194,7 @@ def supports(op: ops.Op) -> bool:
     """Whether a :class:`Step` can have this op."""
     kinds = (
         ops.RmsNorm,
+        ops.LayerNorm,
         ops.Add,
         ops.Mul,
         ops.Square,
@@ -191,6 +202,9 @@ def supports(op: ops.Op) -> bool:
         ops.Rsqrt,
         ops.Silu,
         ops.Gelu,
+        ops.SoftCap,
+        ops.ClampedSwiglu,
+        ops.MixExperts,
         ops.Glu,
         ops.Mean,
     )
@@ -229,6 +243,39 @@ def _rms_norm(vectors: Vectors, op: ops.RmsNorm, x: _Place, weight: _Place, out:
             at = index * v.lanes
             scaled = v.load(x.buffer, x.start + first + at) * v.splat(factor)
             v.store(out.buffer, out.start + first + at, scaled * v.load(weight.buffer, weight.start + at))
+
+
+def _layer_norm(
+    vectors: Vectors, op: ops.LayerNorm, x: _Place, weight: _Place, bias: list[_Place], out: _Place
+) -> None:
+    v, size = _dividing(vectors, x.width), const(1 / x.width, "float32")
+    mean = bind(v.splat(bind(_sum(vectors, x, 0, x.width, lambda v, value: value) * size)))
+
+    def square(v: Vectors, value: Expr) -> Expr:
+        distance = bind(value - mean)
+        return distance * distance
+
+    variance = _sum(vectors, x, 0, x.width, square) * size
+    factor = bind(const(1.0, "float32") / T.sqrt(variance + const(op.eps, "float32")))
+    with serial(x.width // v.lanes) as index:
+        at = index * v.lanes
+        scaled = (v.load(x.buffer, x.start + at) - mean) * v.splat(factor)
+        value = scaled * v.load(weight.buffer, weight.start + at)
+        for place in bias:
+            value = value + v.load(place.buffer, place.start + at)
+        v.store(out.buffer, out.start + at, value)
+
+
+def _mix(vectors: Vectors, x: _Place, weights: _Place, out: _Place) -> None:
+    """The weighted sum of a token's slots, in their order: they lie evenly in the row x."""
+    v, stride = _dividing(vectors, out.width), x.width // weights.width
+    with serial(out.width // v.lanes) as index:
+        total = Register(v.lanes, v.splat(0.0))
+        with serial(weights.width) as slot:
+            value = v.load(x.buffer, x.start + slot * stride + index * v.lanes)
+            weight = v.splat(weights.buffer[weights.start + slot])
+            total.set(v.fma(value, weight, total.get()))
+        v.store(out.buffer, out.start + index * v.lanes, total.get())
 
 
 def _sum(vectors: Vectors, x: _Place, first: Expr, size: int, term: Callable[[Vectors, Expr], Expr]) -> Expr:

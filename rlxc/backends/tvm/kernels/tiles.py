@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, prefetch, size_of, view
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rlxc.backends.tvm.kernels.codebook import ByteTable
+from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, bind, prefetch, serial
+from rlxc.backends.tvm.kernels.scales import StoredScales
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
+from rlxc.weights.fields import Scale
 
 _GROUP_BYTES = 4 * TILE
+
+
+@dataclass(frozen=True)
+class SubBlock:
+    """A sub-block of some rows.
+
+    Attributes:
+        block: the block of 32 columns that it is in.
+        index: its own number among the sub-blocks of a row.
+        groups: its groups of four columns in the block.
+        scale: f32, a vector.
+        minimum: f32, a vector, if the format has minimums.
+        ahead: how many bytes before they are read codes are asked for; 0 if they are not.
+    """
+
+    block: Expr
+    index: Expr
+    groups: range
+    scale: Expr
+    minimum: Expr | None
+    ahead: int
 
 
 class TileReader:
@@ -25,15 +52,51 @@ class TileReader:
     ) -> None:
         self.vectors, self.layout, self._first, self._tile = vectors, layout, first, tile
         self._bytes = weight
-        self._floats = view(weight, layout.scale_type)
+        self._table = ByteTable(vectors, layout.table) if layout.table else None
+
+    def walk(self, ahead: int, visit: Callable[[SubBlock], None], *, flush: bool = False) -> None:
+        """Visit all sub-blocks in order.
+
+        Args:
+            ahead: how many bytes before they are read codes are asked for; 0 if they are not.
+            visit: emits the code for a sub-block.
+            flush: as :class:`~rlxc.backends.tvm.kernels.scales.StoredScales` has it.
+        """
+        layout = self.layout
+        sub_block = layout.format.sub_block
+        parts = BLOCK // sub_block
+        blocks = max(1, layout.scale_columns // BLOCK)
+        with serial(layout.blocks // blocks) as super_block:
+            shared = None
+            if layout.scale_columns >= BLOCK:
+                shared = self._scales(super_block, flush)
+            with serial(blocks) as number:
+                block = bind(super_block * blocks + number)
+                for part in range(parts):
+                    index = bind(block * parts + part)
+                    scale, minimum = shared or self._scales(
+                        index // (layout.scale_columns // sub_block), flush
+                    )
+                    if layout.has_factors:
+                        scale = bind(scale * self._factor("scale_factors", index))
+                        if minimum is not None:
+                            minimum = bind(minimum * self._factor("minimum_factors", index))
+                    visit(SubBlock(block, index, groups_of(sub_block, part), scale, minimum, ahead))
+
+    def numbers(self, part: SubBlock, group: int) -> Expr:
+        """The stored numbers of one of a sub-block's groups: ``uint8 [rows, 4]``."""
+        if part.ahead and group < self.layout.bits:
+            self._prefetch(part, group)
+        codes = self.codes(part.block, group)
+        return codes if self._table is None else self._table[codes]
 
     def codes(self, block: Expr, group: int) -> Expr:
-        """The unsigned codes of a group: ``uint8 [rows, 4]``."""
+        """The unsigned codes of a group, ``layout.shift`` bits to the left: ``uint8 [rows, 4]``."""
         vectors, layout = self.vectors, self.layout
         if layout.planes == (8,):
             return self._plane(block, group)
         word = None
-        first = low = 0
+        first, low = 0, layout.shift
         for width in layout.planes:
             part = vectors.as_words(self._plane(block, first + group % width))
             shift = group // width * width - low
@@ -47,35 +110,25 @@ class TileReader:
             low += width
         return vectors.as_bytes(word)
 
-    def prefetch(self, block: Expr, distance: int) -> None:
-        """Ask for the codes ``distance`` bytes after those of a block, as many bytes as a block has."""
-        start = self._start("codes") + block * (self.layout.bits * _GROUP_BYTES) + distance
-        for line in range(self.layout.bits):
-            prefetch(self._bytes, start + line * _GROUP_BYTES)
+    def _prefetch(self, part: SubBlock, line: int) -> None:
+        """Ask for one of the lines of codes to come, as many as a block has; several at once would be too many."""
+        block = self._start("codes") + part.block * (self.layout.bits * _GROUP_BYTES)
+        prefetch(self._bytes, block + part.ahead + line * _GROUP_BYTES)
 
-    def scale(self, block: Expr) -> Expr:
-        """The scale of a block of the format, as f32."""
-        return self._float("scale", block)
-
-    def minimum(self, block: Expr) -> Expr:
-        """The minimum of a block of the format, as f32."""
-        return self._float("minimum", block)
-
-    def scale_factor(self, sub_block: Expr) -> Expr:
-        """The integer that multiplies the scale in a sub-block, as f32."""
-        return self._factor("scale_factors", sub_block)
-
-    def minimum_factor(self, sub_block: Expr) -> Expr:
-        """The integer that multiplies the minimum in a sub-block, as f32."""
-        return self._factor("minimum_factors", sub_block)
+    def _scales(self, index: Expr, flush: bool) -> tuple[Expr, Expr | None]:
+        """The ``index``-th scale and minimum of the rows, as stored."""
+        format = self.layout.format
+        minimum = bind(self._float("minimum", format.minimum, index, flush)) if format.minimum else None
+        return bind(self._float("scale", format.scale, index, flush)), minimum
 
     def _plane(self, block: Expr, index: int) -> Expr:
         start = self._start("codes") + 4 * self._first
         return self.vectors.load_bytes(self._bytes, start + (block * self.layout.bits + index) * _GROUP_BYTES)
 
-    def _float(self, section: str, index: Expr) -> Expr:
-        start = self._start(section) // size_of(self.layout.scale_type) + self._first
-        return self.vectors.floats(self.vectors.load(self._floats, start + index * TILE))
+    def _float(self, section: str, scale: Scale | None, index: Expr, flush: bool) -> Expr:
+        assert scale is not None
+        stored = StoredScales(self._bytes, scale.kind, scale.unit, flush=flush)
+        return stored.read(self._start(section), self._first + index * TILE, self.vectors.lanes)
 
     def _factor(self, section: str, index: Expr) -> Expr:
         start = self._start(section) + self._first

@@ -27,15 +27,19 @@ from rlxc.backends.tvm.targets import CpuTarget, Dot
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors of ``lanes`` 32-bit numbers, or of four times as many 8-bit ones; ``dot_kind`` multiplies the latter."""
+    """Vectors of ``lanes`` 32-bit numbers, or of four times as many 8-bit ones.
+
+    ``dot_kind`` multiplies the latter, and ``lookup`` finds them in a table, if the target has such an instruction.
+    """
 
     lanes: int
     dot_kind: Dot
+    lookup: str | None = None
 
     @classmethod
     def of(cls, target: CpuTarget) -> Vectors:
         """Vectors as wide as the target's registers."""
-        return cls(target.lanes, target.dot)
+        return cls(target.lanes, target.dot, target.lookup)
 
     def load(self, buffer: Buffer, at: Expr) -> Expr:
         """``lanes`` elements from ``at`` on."""
@@ -126,7 +130,7 @@ class Vectors:
             codes: u8 ``[4 * lanes]``, as int8 or uint8: each 0..``top``; four consecutive ones belong to a lane.
             word: four activations of -127..127 as the bytes of an i32, the first in the lowest one; they are the
                 same for every lane.
-            top: the largest code: 3, 7, 15, 31, 63 or 255.
+            top: the largest code, at most 255.
         """
         if self.dot_kind == "multiply":
             return self._multiply(acc, codes, word)
