@@ -26,7 +26,7 @@ from rlxc.weights.encode import encode
 from rlxc.weights.formats import FORMATS
 from rlxc.weights.gguf import GgufFile
 from rlxc.weights.gguf_writer import NewTensor, write_gguf
-from rlxc.weights.names import adds_one, huggingface_rows, is_permuted, to_huggingface
+from rlxc.weights.names import adds_one, huggingface_rows, is_of_experts, is_permuted, to_huggingface
 from rlxc.weights.source import ModelFile, open_model
 
 Progress = Callable[[str, int, int], None]
@@ -131,6 +131,13 @@ class _Merging:
 
     def to_safetensors(self, weights: Sequence[Weight], dtype: DType, sink: BinaryIO) -> None:
         architecture = self.graph.name
+        experts = next((weight.name for weight in weights if is_of_experts(weight.name)), None)
+        if experts is not None:
+            raise UnsupportedError(
+                f"{experts} would have to be cut into single experts",
+                source=self.file.path,
+                remedy="merge into a .gguf file",
+            )
         named = {to_huggingface(architecture, weight.name): weight for weight in weights}
         # What a Hugging Face model computes from its configuration has no name there.
         kept = {name: _as_float(weight, dtype) for name, weight in named.items() if name is not None}

@@ -95,7 +95,7 @@ def test_a_window_a_step_and_a_rollback_make_a_ring_where_that_is_shorter(
     rollback: int,
     layout: str,
 ) -> None:
-    monkeypatch.setattr("rlxc.compiler.MAX_STEP", 16)
+    monkeypatch.setattr("rlxc.lowering.MAX_STEP", 16)
     output = tmp_path / "model.rlx"
     plan = rlxc.compile(tiny_gguf, output, context=context, rollback=rollback, **QUICK).manifest.kv_cache
     assert (plan.context, plan.max_step, plan.rollback) == (context, 16, rollback)

@@ -288,7 +288,9 @@ def _check_consistency(manifest: Manifest) -> None:
     names = {weight.name for weight in manifest.weights}
     for alias, weight in manifest.aliases.items():
         if alias in names or weight not in names:
-            raise _Mismatch(f"aliases says that {alias!r:.80} is {weight!r:.80}, which the weights do not allow")
+            raise _Mismatch(
+                f"aliases says that {alias!r:.80} is {weight!r:.80}, which the weights do not allow"
+            )
     _check_lora(manifest)
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     for token in (*bos, *tokenizer.eos_ids):

@@ -27,7 +27,9 @@ from rlxc.weights.lora import (
     in_model_order,
     lora_scale,
     make_pair,
+    no_experts,
 )
+from rlxc.weights.names import is_of_experts
 
 _A, _B = ".lora_a", ".lora_b"
 _NORM = "_norm.weight"
@@ -172,12 +174,14 @@ def _targets(file: GgufFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 source=file.path,
                 remedy=DAMAGED,
             )
+        if is_of_experts(target):
+            raise no_experts(target, file.path)
         for name in (target + _A, target + _B):
             if len(file.tensors[name].shape) != 2:
                 raise FormatError(
                     f"{quote(name)} has shape {list(file.tensors[name].shape)}, not two dimensions",
                     source=file.path,
-                    remedy="adapters of matrices are implemented, not of convolutions or experts",
+                    remedy="adapters of matrices are implemented, not of convolutions",
                 )
     return tuple(pairs), tuple(replaced)
 

@@ -143,7 +143,7 @@ def _qwen3_moe(config: Keys, sizes: Sizes) -> Traits:
     config.only("num_local_experts", count)
     ffn = config.integer("moe_intermediate_size", 768)
     if not config.flag("norm_topk_prob", False):
-        raise config.error("norm_topk_prob", "is not true: weights that do not sum to 1 are not implemented")
+        raise config.unsupported("norm_topk_prob", "weights of experts that sum to 1 are: true")
     config.only("decoder_sparse_step", 1)
     config.only("mlp_only_layers", [])
     window = window_size(config, 4096)
@@ -223,10 +223,7 @@ def _gemma(config: Keys, sizes: Sizes, layers_of_27b: int) -> dict[str, MetaValu
     scaled_by = config.number("query_pre_attn_scalar", 256.0)
     score_size = sizes.hidden // sizes.heads if sizes.layers == layers_of_27b else sizes.head_dim
     if scaled_by != score_size:
-        raise config.error(
-            "query_pre_attn_scalar",
-            f"is {scaled_by:g}; for a model of these sizes, {score_size} is implemented",
-        )
+        raise config.unsupported("query_pre_attn_scalar", f"for a model of these sizes, {score_size} is")
     return {}
 
 

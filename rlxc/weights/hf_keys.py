@@ -148,7 +148,7 @@ class Keys:
     def unsupported(self, key: str, remedy: str) -> UnsupportedError:
         """The error that the value of a key is not implemented."""
         return UnsupportedError(
-            f"{self.where}{key} = {quote(self.values[key])} is not implemented",
+            f"{self.where}{key} = {quote(self.values.get(key))} is not implemented",
             source=self.source,
             remedy=remedy,
         )

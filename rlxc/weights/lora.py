@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from rlxc.errors import FormatError, ModelError, OptionError, UnsupportedError, WeightError
 from rlxc.weights.gguf_header import DAMAGED, quote
-from rlxc.weights.names import layer_of, to_huggingface
+from rlxc.weights.names import is_of_experts, layer_of, to_huggingface
 
 Floats = npt.NDArray[np.float32]
 Item = TypeVar("Item")
@@ -226,11 +226,14 @@ def lora_scale(alpha: float, rank: int, *, rank_stabilised: bool = False) -> flo
 
 
 def check_target(base: AdapterBase, target: str, source: Path) -> None:
-    """Refuse a tensor, given by its GGUF name, that no model like ``base`` has.
+    """Refuse a tensor, given by its GGUF name, that no model like ``base`` has, or that is of experts.
 
     Raises:
         ModelError: naming it.
+        UnsupportedError: likewise.
     """
+    if is_of_experts(target):
+        raise no_experts(target, source)
     if to_huggingface(base.architecture, target) is None:
         raise ModelError(
             f"adapts {quote(target)}, which no {base.architecture} model has",
@@ -244,6 +247,15 @@ def check_target(base: AdapterBase, target: str, source: Path) -> None:
             source=source,
             remedy="use the base model that it was trained for",
         )
+
+
+def no_experts(target: str, source: Path) -> UnsupportedError:
+    """The error that an adapter changes experts."""
+    return UnsupportedError(
+        f"adapts {quote(target)}, which is of experts",
+        source=source,
+        remedy="adapters of single matrices are implemented: train one that leaves the experts as they are",
+    )
 
 
 def make_pair(

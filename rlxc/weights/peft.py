@@ -23,6 +23,7 @@ from rlxc.weights.lora import (
     check_target,
     in_model_order,
     make_pair,
+    no_experts,
 )
 from rlxc.weights.names import adds_one, gguf_rows, to_gguf
 from rlxc.weights.peft_config import PeftConfig, read_peft_config, saves
@@ -98,6 +99,8 @@ class PeftAdapter:
 
     def _target(self, base: AdapterBase, name: str) -> str:
         target = to_gguf(base.architecture, name)
+        if target is None and ".experts" in name:  # where they are parameters, not modules
+            raise no_experts(name.removesuffix(".weight"), self.file.path)
         if target is None:
             raise ModelError(
                 f"adapts {quote(name)}, which no {base.architecture} model has",
@@ -230,7 +233,7 @@ def _check_module(file: SafetensorsFile, config: PeftConfig, module: str, parts:
             raise FormatError(
                 f"{quote(parts[half])} has shape {list(shape)}, not two dimensions",
                 source=path,
-                remedy="adapters of matrices are implemented, not of convolutions or experts",
+                remedy="adapters of matrices are implemented, not of convolutions",
             )
     if config.uses_dora != (_MAGNITUDE in parts):
         said = "has no" if config.uses_dora else "has a"

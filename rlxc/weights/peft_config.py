@@ -164,6 +164,10 @@ class _Fields:
                 "init_lora_weights",
                 "it changes the base model too: save the adapter converted to the original base model",
             )
+        if self.values.get("target_parameters"):
+            raise self.unsupported(
+                "target_parameters", "adapters of modules are implemented, not of parameters such as experts"
+            )
         for key, value in self.values.items():
             # Every release of PEFT adds keys: one that is off changes nothing.
             if key not in _UNDERSTOOD | _WITHOUT_EFFECT and value not in (None, False, 0, "", [], {}):

@@ -83,6 +83,18 @@ def test_experts_of_rounded_activations_are_close(load_graph: Load) -> None:
         assert_close(loaded.run(IDS[:tokens]), loaded.interpret(IDS[:tokens]), tolerance=0.03)
 
 
+@pytest.mark.parametrize("case", ["many experts", "with biases"])
+def test_a_token_gives_the_same_in_a_step_of_its_own(load_graph: Load, backend: str, case: str) -> None:
+    """Kernels of our own give the same bits, whoever else wants a token's experts."""
+    loaded = load_graph(between(MIXTURES[case]), "float32" if case == "many experts" else "int8")
+    cache, together = loaded.engine.new_cache(), loaded.run(IDS[:16])
+    alone = np.concatenate([loaded.step(cache, [token]) for token in IDS[:16]])
+    if backend == "tvm":
+        np.testing.assert_array_equal(alone, together)
+    else:
+        assert_close(alone, together, tolerance=1e-5)
+
+
 OTHERS = """
 weight @n: f32[64]
 weight @b: f32[64]

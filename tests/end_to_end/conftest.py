@@ -38,7 +38,7 @@ def compile_exact(tmp_path_factory: pytest.TempPathFactory) -> CompileExact:
         if key not in made:
             path = folder / f"{len(made)}.rlx"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("rlxc.compiler.MAX_STEP", 16)
+                patch.setattr("rlxc.lowering.MAX_STEP", 16)
                 rlxc.compile(model, path, backend=backend, **options)
             made[key] = path
         return made[key]

@@ -89,7 +89,8 @@ class Call:
         kernel: what is called.
         arguments: one for each of its parameters.
         amount: what it works on; a step may want no rows.
-        bytes_read: weights that it reads, without adapters, of which each step may have others.
+        bytes_read: weights that it reads, without adapters, of which each step may have others; of a mixture those of
+            one token's experts.
         multiplications: by these weights, for each of the amount.
     """
 
