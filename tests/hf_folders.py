@@ -359,6 +359,15 @@ def shapes(
             yield f"model.layers.{i}.{name}", shape
 
 
+def linear_modules(tiny: HfTiny) -> dict[str, tuple[int, int]]:
+    """Every linear layer that an adapter may change, ``[out, in]`` by the module's name: none of experts."""
+    return {
+        name.removesuffix(".weight"): (array.shape[0], array.shape[1])
+        for name, array in tiny.arrays().items()
+        if array.ndim == 2 and name.startswith("model.layers.") and ".experts" not in name
+    }
+
+
 def as_stored(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
     """f32 values as the element type's; BF16 as uint16, cut off after 16 bits."""
     if dtype == "BF16":

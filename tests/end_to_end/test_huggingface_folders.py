@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tokenizers
-from hf_folders import TEXT, VARIANTS, HfTiny
+from adapters import random_pairs, write_peft_adapter
+from hf_folders import CONTEXT, TEXT, VARIANTS, HfTiny, linear_modules
 from interpreted import Interpreted
 
 import rlxc
@@ -32,8 +33,8 @@ Floats = npt.NDArray[Any]
 # Logits have a standard deviation of 1. Two f32 computations in different order are 1e-5 apart at most.
 TOLERANCE = 5e-5
 
-ON_TVM = ("llama-bias", "gemma3-new")
-"""BF16, F16, biases, windows and two kinds of positions; compiling takes seconds for each."""
+ON_TVM = ("llama-bias", "gemma3-new", "gpt-oss-mxfp4", "stablelm-parallel")
+"""BF16, F16, biases, windows, two kinds of positions, experts and layer norms; compiling takes seconds for each."""
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -78,7 +79,7 @@ def formats(artifact: Path, tables: bool = False) -> set[str]:
 def test_logits_equal_transformers(
     variant: str, folder: Folder, compile_exact: CompileExact, transformers_logits: dict[str, Floats]
 ) -> None:
-    logits = score(compile_exact(folder(variant), "onnx"), TEXT)
+    logits = score(compile_exact(folder(variant), "onnx", context=CONTEXT), TEXT)
     np.testing.assert_allclose(logits, transformers_logits[variant], rtol=0, atol=TOLERANCE)
 
 
@@ -87,13 +88,38 @@ def test_logits_on_tvm_equal_transformers(
     variant: str, folder: Folder, compile_exact: CompileExact, transformers_logits: dict[str, Floats]
 ) -> None:
     pytest.importorskip("tvm")
-    logits = score(compile_exact(folder(variant), "tvm"), TEXT)
+    logits = score(compile_exact(folder(variant), "tvm", context=CONTEXT), TEXT)
     np.testing.assert_allclose(logits, transformers_logits[variant], rtol=0, atol=TOLERANCE)
 
 
 def test_bitsandbytes_folders_run_packed(folder: Folder, compile_exact: CompileExact) -> None:
     for variant in ("llama-nf4", "llama-fp4"):
         assert formats(compile_exact(folder(variant), "onnx")) == {VARIANTS[variant].four_bit}
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "phi3-long", "granite", "starcoder2", "qwen3-moe", "gpt-oss"])
+def test_adapter_of_every_linear_layer_equals_merging_it(
+    variant: str, folder: Folder, tmp_path: Path
+) -> None:
+    tiny = VARIANTS[variant]
+    pairs = random_pairs(linear_modules(tiny), 3)
+    model = Interpreted(folder(variant))
+    adapter = model.open(write_peft_adapter(tmp_path / "adapter", pairs))  # whose alpha is twice its rank
+    found = model.logits(TEXT, [(adapter, 0.7)])
+    arrays = tiny.arrays()
+    merged = {
+        f"{module}.weight": (
+            "F32",
+            (arrays[f"{module}.weight"] + 1.4 * b.astype(np.float64) @ a).astype(np.float32),
+        )
+        for module, (a, b) in pairs.items()
+    }
+    expected = Interpreted(tiny.write(tmp_path / "merged", tensors=merged)).logits(TEXT)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(found - model.logits(TEXT)).max() > 100 * TOLERANCE
 
 
 # --- text ---------------------------------------------------------------------------------------------------------

@@ -118,6 +118,13 @@ NO_MATCH = {
     .replace("%up = DequantMatMul(%x, @wu)", "%up = Split(%z; sizes=(32,))")
     .replace("[6, 32]", "[32, 32]"),
     "gate and input are added": before().replace("Mul(%act", "Add(%act"),
+    "they are products with experts": f"{HEAD}weight @router: f32[3, 32]\n%s = MatMul(%x, @router)\n"
+    "%chosen, %weights = Route(%s; used=2)\n"
+    + before()
+    .removeprefix(HEAD)
+    .replace("q8_0[6, 32]", "q8_0[3, 6, 32]")
+    .replace("DequantMatMul(%x, @wg)", "ExpertMatMul(%x, @wg, %chosen)")
+    .replace("DequantMatMul(%x, @wu)", "ExpertMatMul(%x, @wu, %chosen)"),
 }
 
 
