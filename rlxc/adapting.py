@@ -18,7 +18,7 @@ from rlxc.artifact import DEFAULT_MAX_RANK, UNIT_RANK, AdapterEntry, LoraGroup, 
 from rlxc.dtypes import ENCODABLE, DType
 from rlxc.errors import OptionError, UnsupportedError
 from rlxc.ir import Graph
-from rlxc.ir.ops import DequantMatMul, Embed, MatMul, Route
+from rlxc.ir.ops import DequantMatMul, Embed, ExpertMatMul, MatMul, Route
 from rlxc.models import Config
 from rlxc.passes import Change, ChooseLoraStrategy, Delta, LoraMode, Replacement, WeightChanges, run_passes
 from rlxc.runtime.adapters import checked_scale
@@ -268,12 +268,13 @@ def _formats(quantize: str, graph: Graph) -> dict[str, DType]:
     if quantize == "none":
         return {}
     dtype = DType(quantize)
-    linear = _linear_weights(graph)
+    experts = {node.inputs[1] for node in graph.nodes if isinstance(node.op, ExpertMatMul)}
+    linear = _linear_weights(graph) | experts
     routers = {graph.producer[node.inputs[0]].inputs[1] for node in graph.nodes if isinstance(node.op, Route)}
     readers = (node for node in graph.nodes if isinstance(node.op, Embed | MatMul | DequantMatMul))
-    matrices = {node.inputs[1] for node in readers} - routers
+    matrices = {node.inputs[1] for node in readers} - routers | experts
     return {
-        weight.name: fitting(dtype, int(weight.type.shape[1]))
+        weight.name: fitting(dtype, int(weight.type.shape[-1]))
         for weight in graph.weights
         if weight.name in matrices and (weight.name in linear or dtype not in _FOR_PRODUCTS)
     }

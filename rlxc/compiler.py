@@ -35,6 +35,7 @@ from rlxc.dtypes import DType
 from rlxc.errors import ModelError, OptionError
 from rlxc.inspection import text
 from rlxc.ir import Graph, show
+from rlxc.ir.ops import Route
 from rlxc.ir.target import TargetFeatures
 from rlxc.ir.text import show_recipe
 from rlxc.lowering import LoweringOptions, kv_plan, lower_graph
@@ -137,7 +138,7 @@ def compile(
             tell("digests", 0, 1)
             manifest = Manifest(
                 rlxc=__version__,
-                model=_model_facts(file, result.graph.name, config),
+                model=_model_facts(file, result.graph, config),
                 target=TargetFacts(engine.name, engine.runs_on, libraries),
                 options=Options(activations, context),
                 kv_cache=caches,
@@ -272,9 +273,10 @@ def _write(writer: ArtifactWriter, name: str, content: bytes) -> None:
         sink.write(content)
 
 
-def _model_facts(file: ModelFile, architecture: str, config: Config) -> ModelFacts:
+def _model_facts(file: ModelFile, graph: Graph, config: Config) -> ModelFacts:
+    routes = [node.op.used for node in graph.nodes if isinstance(node.op, Route)]
     return ModelFacts(
-        architecture=architecture,
+        architecture=graph.name,
         name=text(file.metadata, "general.name"),
         fingerprint=file.fingerprint(),
         layers=config.layers,
@@ -282,6 +284,7 @@ def _model_facts(file: ModelFile, architecture: str, config: Config) -> ModelFac
         kv_heads=config.kv_heads,
         vocab_size=config.vocab,
         trained_context=config.trained_context,
+        experts_used=max(routes, default=0),
     )
 
 

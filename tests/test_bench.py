@@ -59,6 +59,16 @@ def test_table_that_is_only_looked_up_is_not_read() -> None:
     assert bytes_per_token(replace(MANIFEST, weights=(*MANIFEST.weights, output))) == 288
 
 
+def test_only_the_experts_that_a_token_uses_are_read() -> None:
+    experts = WeightEntry("blk.0.ffn_up_exps.weight", DType.Q8_0, (8, 4, 32), "", 1088, 1600, "int8")
+    mixture = replace(
+        MANIFEST,
+        model=replace(MANIFEST.model, experts_used=2),
+        weights=(*MANIFEST.weights, experts),
+    )
+    assert bytes_per_token(mixture) == 288 + 1600 * 2 // 8
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_is_read_at_a_credible_rate(threads: int) -> None:
     assert 1e8 < streaming_bandwidth(threads) < 1e13

@@ -3,96 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlxc.errors import FormatError, ModelError, RlxcError, UnsupportedError
+# What tests share lies beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from vocabularies import (
+    CONTROL,
+    DATA,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    Metadata,
+    byte_level,
+    load,
+    pieces,
+    sentence_piece,
+    unigram,
+    with_tokens,
+    word_piece,
+)
+
 from rlxc.vocab import DEFAULT_TEMPLATES, TokenizerFiles, build_tokenizer
 from rlxc.weights import open_gguf
-
-DATA = Path(__file__).parent / "data"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-Metadata = dict[str, Any]
-
-
-def sentence_piece(**changes: Any) -> Metadata:
-    """A vocabulary for words of a, b, c: the better the score, the earlier a merge."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
-    scores = [0.0] * len(tokens)
-    pieces = {
-        "\u2581": -9,
-        "a": -9,
-        "b": -9,
-        "c": -9,
-        "bc": -1,
-        "ab": -2,
-        "abc": -3,
-        "\u2581a": -4,
-        "\u2581abc": -5,
-    }
-    tokens += [*pieces, "<html>"]
-    types += [NORMAL] * len(pieces) + [USER_DEFINED]
-    scores += [*map(float, pieces.values()), -1000.0]
-    metadata = {
-        "model": "llama",
-        "tokens": tokens,
-        "token_type": np.array(types, np.int32),
-        "scores": np.array(scores, np.float32),
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **changes,
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
-
-
-def byte_level(**changes: Any) -> Metadata:
-    """The vocabulary that ``make_tokens.py`` made."""
-    made = json.loads((DATA / "byte_level_tokens.json").read_text())
-    metadata = {
-        "model": "gpt2",
-        "pre": "gpt-2",
-        "tokens": made["tokens"],
-        "token_type": np.array(made["types"], np.int32),
-        "merges": made["merges"],
-        "bos_token_id": made["tokens"].index("<bos>"),
-        "eos_token_id": made["tokens"].index("<eos>"),
-        **changes,
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
-
-
-def with_tokens(metadata: Metadata, **types: int) -> Metadata:
-    """Appends tokens of the given types."""
-    changed = dict(metadata)
-    changed["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], *types]
-    kinds = [*metadata["tokenizer.ggml.token_type"], *types.values()]
-    changed["tokenizer.ggml.token_type"] = np.array(kinds, np.int32)
-    if "tokenizer.ggml.scores" in metadata:
-        scores = [*metadata["tokenizer.ggml.scores"], *[-2000.0] * len(types)]
-        changed["tokenizer.ggml.scores"] = np.array(scores, np.float32)
-    return changed
-
-
-def load(files: TokenizerFiles) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(files.tokenizer_json.decode())
-
-
-def pieces(metadata: Metadata, text: str, add_special_tokens: bool = False) -> list[str]:
-    tokens: list[str] = (
-        load(build_tokenizer(metadata, source="test"))
-        .encode(text, add_special_tokens=add_special_tokens)
-        .tokens
-    )
-    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -215,13 +156,34 @@ class TestByteLevel:
         assert [tokenizer.encode(text).ids for text in made["texts"]] == made["ids"][pre]
 
     @pytest.mark.parametrize(
-        ("pre", "words"), [("tekken", ["приВЕТ", "1", "2"]), ("gpt-4o", ["приВЕТ's", "12"])]
+        ("pre", "words"),
+        [
+            ("tekken", ["приВЕТ", "1", "2"]),
+            ("gpt-4o", ["camel", "Case's", "приВЕТ's", "12"]),
+        ],
     )
-    def test_cased_pre_tokenizers_split_at_upper_case_of_any_script(self, pre: str, words: list[str]) -> None:
+    def test_cased_pre_tokenizers_know_the_case_of_ascii_only(self, pre: str, words: list[str]) -> None:
         tokenizer = load(build_tokenizer(byte_level(pre=pre), source="test"))
         text = "".join(words)
         cut = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        assert cut == ["при", words[0].removeprefix("при"), *words[1:]]
+        assert cut == words
+
+    def test_of_a_merge_that_comes_twice_the_first_counts(self) -> None:
+        changes = {"tokens": ["a", "b", "c", "ab", "bc"], "token_type": np.ones(5, np.int32)}
+        changes |= {"bos_token_id": None, "eos_token_id": None}
+        assert pieces(byte_level(**changes, merges=["a b", "b c", "a b"]), "abc") == ["ab", "c"]
+
+    def test_a_byte_that_is_no_token_joins_nothing(self) -> None:
+        changes = {"tokens": ["a", "b", "ab"], "token_type": np.ones(3, np.int32)}
+        changes |= {"bos_token_id": None, "eos_token_id": None}
+        assert pieces(byte_level(**changes, merges=["a b"]), "abacb") == ["ab", "a", "b"]
+
+    def test_marks_of_messages_are_shown(self) -> None:
+        ends = ("<|end|>", "<|return|>", "<|call|>")
+        metadata = with_tokens(byte_level(), **dict.fromkeys(("<|channel|>", "<|message|>", *ends), CONTROL))
+        added = load(build_tokenizer(metadata, source="test")).get_added_tokens_decoder()
+        shown = {token.content for token in added.values() if not token.special}
+        assert shown == {"<h1>", "<|channel|>", "<|message|>", "<|end|>"}
 
     def test_a_missing_pre_tokenizer_is_the_default_one(self) -> None:
         absent = build_tokenizer(byte_level(pre=None), source="test")
@@ -260,6 +222,49 @@ class TestByteLevel:
         assert tokenizer.model.tokenize("#version12")[0].value == "#version1"
 
 
+def strips(metadata: Metadata) -> dict[str, tuple[bool, bool]]:
+    added = load(build_tokenizer(metadata, source="test")).get_added_tokens_decoder().values()
+    return {token.content: (token.lstrip, token.rstrip) for token in added}
+
+
+class TestAddedTokens:
+    def test_none_swallows_space_by_default(self) -> None:
+        assert set(strips(byte_level()).values()) == {(False, False)}
+
+    def test_those_of_phi_3_swallow_space_after_them(self) -> None:
+        metadata = sentence_piece() | {"general.name": "Phi 3 Phi-3.5 Mini"}
+        metadata = with_tokens(metadata, **{"<|user|>": CONTROL, "<|endoftext|>": CONTROL})
+        right = {text for text, sides in strips(metadata).items() if sides == (False, True)}
+        assert right == {"</s>", "<html>", "<|user|>"}
+
+    @pytest.mark.parametrize(
+        ("token", "keys"),
+        [
+            ("<mask>", {"tokenizer.ggml.pre": "jina-v2-code"}),
+            ("<mask>", {"general.architecture": "jina-bert-v3"}),
+            ("[MASK]", {"general.name": "Modern-BERT base"}),
+        ],
+    )
+    def test_masks_swallow_space_before_them(self, token: str, keys: Metadata) -> None:
+        found = strips(with_tokens(byte_level() | keys, **{token: CONTROL}))
+        assert {text for text, sides in found.items() if sides != (False, False)} == {token}
+        assert found[token] == (True, False)
+
+    @pytest.mark.parametrize(
+        ("tokens", "ours"),
+        [
+            (["<a>", "<b>"], False),
+            (["\n", "\n\n", "\n\n\n"], False),  # whichever is longest begins leftmost
+            (["|a|", "|bc|"], True),
+            (["|bc|", "|a|"], True),
+            (["<a", "a>>", "<a>>"], False),  # the third takes what the first two compete for
+        ],
+    )
+    def test_tokens_that_overlap_are_left_to_the_runtime(self, tokens: list[str], ours: bool) -> None:
+        metadata = with_tokens(byte_level(), **dict.fromkeys(tokens, CONTROL))
+        assert (b'"cut":"longest first"' in build_tokenizer(metadata, source="test").tokenizer_json) == ours
+
+
 class TestTemplates:
     def test_the_files_own_template_is_kept(self) -> None:
         metadata = byte_level() | {"tokenizer.chat_template": "{{ messages }}"}
@@ -277,53 +282,30 @@ def test_the_same_metadata_gives_the_same_bytes(metadata: Metadata) -> None:
     assert build_tokenizer(metadata, source="a") == build_tokenizer(dict(metadata), source="b")
 
 
-DAMAGE: dict[str, tuple[Metadata, type[RlxcError], str]] = {
-    "no model": (sentence_piece(model=None), ModelError, "carries no tokenizer"),
-    "unknown model": (sentence_piece(model="t5"), UnsupportedError, "known: llama, gpt2"),
-    "unknown pre-tokenizer": (byte_level(pre="martian"), UnsupportedError, "'martian'.*known: .*qwen2"),
-    "no tokens": (sentence_piece(tokens=None), ModelError, "tokens is missing"),
-    "empty tokens": (sentence_piece(tokens=[]), ModelError, "tokens is empty"),
-    "tokens not text": (sentence_piece(tokens=[1, 2]), FormatError, "not an array of strings"),
-    "tokens one string": (sentence_piece(tokens="abc"), FormatError, "not an array of strings"),
-    "token types missing": (sentence_piece(token_type=None), ModelError, "token_type is missing"),
-    "token types short": (
-        sentence_piece(token_type=np.ones(3, np.int32)),
-        ModelError,
-        "3 entries for 269 tokens",
-    ),
-    "token types not numbers": (sentence_piece(token_type=["a"]), FormatError, "not an array of numbers"),
-    "scores missing": (sentence_piece(scores=None), ModelError, "scores is missing"),
-    "scores short": (sentence_piece(scores=np.zeros(2, np.float32)), ModelError, "2 entries for 269 tokens"),
-    "scores NaN": (sentence_piece(scores=np.full(269, np.nan, np.float32)), ModelError, "NaN for token 0"),
-    "long token": (with_tokens(sentence_piece(), **{"a" * 1025: NORMAL}), ModelError, "1025 characters"),
-    "bos out of range": (sentence_piece(bos_token_id=269), ModelError, "bos_token_id is 269"),
-    "bos not a number": (sentence_piece(bos_token_id="1"), FormatError, "bos_token_id has type str"),
-    "eot out of range": (sentence_piece(eot_token_id=9999), ModelError, "eot_token_id is 9999"),
-    "flag not a flag": (sentence_piece(add_bos_token=7), FormatError, "add_bos_token has type int"),
-    "bos added but absent": (byte_level(bos_token_id=None, add_bos_token=True), ModelError, "no such token"),
-    "eos added but absent": (byte_level(eos_token_id=None, add_eos_token=True), ModelError, "no such token"),
-    "merges missing": (byte_level(merges=None), ModelError, "merges is missing"),
-    "merge of one part": (byte_level(merges=["ab"]), FormatError, r"merges\[0\] is 'ab'"),
-    "merge of three parts": (byte_level(merges=["a b c"]), FormatError, r"merges\[0\] is 'a b c'"),
-    "merge makes no token": (byte_level(merges=["Q Q"]), ModelError, "needs 'QQ'"),
-    "half a surrogate": (
-        with_tokens(sentence_piece(), **{"\ud800": NORMAL}),
-        FormatError,
-        "not valid Unicode",
-    ),
-    "template not text": (sentence_piece() | {"tokenizer.chat_template": 3}, FormatError, "not a string"),
-}
+class TestUnigram:
+    def test_the_document_alone_gives_the_most_probable_pieces(self) -> None:
+        assert pieces(unigram(), "abba") == ["ab", "b", "a"]
+
+    def test_a_text_ends_with_its_end_by_default(self) -> None:
+        files = build_tokenizer(unigram(), source="test")
+        assert (files.add_bos, files.add_eos, files.eos_ids) == (False, True, (1,))
+
+    def test_fillers_do_not_change_what_an_unknown_character_costs(self) -> None:
+        types = np.array([CONTROL, CONTROL, UNKNOWN, NORMAL, NORMAL, NORMAL, UNUSED])
+        scores = np.array([0, 0, 0, -1, -2, -2.5, -10000], np.float32)
+        tokens = [*unigram()["tokenizer.ggml.tokens"], "[PAD6]"]
+        filled = unigram(tokens=tokens, token_type=types, scores=scores)
+        vocab = json.loads(build_tokenizer(filled, source="test").tokenizer_json)["model"]["vocab"]
+        assert min(score for _, score in vocab) == -2.5
+        assert vocab[6] == [" [PAD6]", 0.0]
 
 
-@pytest.mark.parametrize(("metadata", "error", "message"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_metadata_is_refused(metadata: Metadata, error: type[RlxcError], message: str) -> None:
-    with pytest.raises(error, match=message) as caught:
-        build_tokenizer(metadata, source="broken.gguf")
-    assert "\n" not in str(caught.value)
+class TestWordPiece:
+    def test_the_document_alone_gives_the_longest_pieces(self) -> None:
+        assert pieces(word_piece(), "HelloIng a b") == ["hello", "##ing", "a", "[UNK]"]
 
-
-def test_a_token_twice_is_refused_by_both_ids() -> None:
-    metadata = sentence_piece()
-    metadata["tokenizer.ggml.tokens"][-1] = "ab"
-    with pytest.raises(ModelError, match="tokens 264 and 268 are both 'ab'"):
-        build_tokenizer(metadata, source="broken.gguf")
+    def test_texts_are_surrounded_whatever_the_file_says(self) -> None:
+        metadata = word_piece(add_bos_token=False, add_eos_token=False)
+        assert pieces(metadata, "a", add_special_tokens=True) == ["[CLS]", "a", "[SEP]"]
+        files = build_tokenizer(metadata, source="test")
+        assert (files.bos_id, files.eos_ids, files.add_bos, files.add_eos) == (1, (2,), True, True)

@@ -35,7 +35,10 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What was compiled; ``fingerprint`` is the sha256 of the input."""
+    """What was compiled; ``fingerprint`` is the sha256 of the input.
+
+    Of the experts in a weight ``[experts, out, in]``, a token uses ``experts_used``; 0 where there are none.
+    """
 
     architecture: str
     name: str
@@ -45,6 +48,7 @@ class ModelFacts:
     kv_heads: Count
     vocab_size: Count
     trained_context: Count
+    experts_used: Index = 0
 
 
 @dataclass(frozen=True)

@@ -219,10 +219,15 @@ def streaming_bandwidth(threads: int) -> float:
 
 
 def bytes_per_token(manifest: Manifest) -> int:
-    """The weights that decoding a token reads: all, but of a table that is only looked up next to nothing."""
+    """The weights that decoding a token reads: of experts those that it uses, of a table that is looked up none."""
     names = {weight.name for weight in manifest.weights}
     looked_up = {"token_embd.weight"} if "output.weight" in names else set()
-    return sum(weight.stored_bytes for weight in manifest.weights if weight.name not in looked_up)
+    read = (weight for weight in manifest.weights if weight.name not in looked_up)
+    used = manifest.model.experts_used
+    return sum(
+        weight.stored_bytes * used // weight.shape[0] if len(weight.shape) == 3 else weight.stored_bytes
+        for weight in read
+    )
 
 
 def to_json(report: dict[str, Any]) -> str:

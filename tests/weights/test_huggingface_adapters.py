@@ -109,5 +109,5 @@ def test_gguf_adapters_of_experts_are_refused(tmp_path: Path) -> None:
 def test_peft_parameters_are_refused(tmp_path: Path) -> None:
     config = {"target_parameters": ["mlp.experts.gate_up_proj"]}
     folder = write_peft_adapter(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (A, B)}, config=config)
-    with pytest.raises(UnsupportedError, match="target_parameters.*not of parameters such as experts"):
+    with pytest.raises(UnsupportedError, match=r"target_parameters.*not of parameters such as experts"):
         inspect_adapter(folder)

@@ -11,6 +11,7 @@ from rlxc.models import ARCHITECTURES
 from rlxc.weights.names import (
     adds_one,
     gguf_rows,
+    is_of_experts,
     is_permuted,
     layer_of,
     permute,
@@ -20,19 +21,28 @@ from rlxc.weights.names import (
 )
 
 MODEL = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-LLAMA = (
-    "input_layernorm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-    "mlp.gate_proj mlp.up_proj mlp.down_proj".split()
-)
+NORMS = ["input_layernorm", "post_attention_layernorm"]
+HEAD_NORMS = ["self_attn.q_norm", "self_attn.k_norm"]
+PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"]
+MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+LLAMA = [*NORMS, *PROJECTIONS, *MLP]
+GEMMA2 = [*LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
 PARTS = {
-    "llama": LLAMA,
-    "gemma3": [
-        *LLAMA,
-        "self_attn.q_norm",
-        "self_attn.k_norm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
+    "llama": [*LLAMA, "block_sparse_moe.gate", *(f"block_sparse_moe.experts.*.w{i}" for i in (1, 2, 3))],
+    "gemma2": GEMMA2,
+    "gemma3": [*GEMMA2, *HEAD_NORMS],
+    "gpt-oss": [*NORMS, *PROJECTIONS, "mlp.router"],
+    "granite": LLAMA,
+    "olmo2": [*PROJECTIONS, *HEAD_NORMS, *MLP, "post_attention_layernorm", "post_feedforward_layernorm"],
+    "phi3": [*NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"],
+    "qwen2": LLAMA,
+    "qwen3": [*LLAMA, *HEAD_NORMS],
+    "qwen3moe": [
+        *(*NORMS, *HEAD_NORMS, *PROJECTIONS, "mlp.gate"),
+        *(f"mlp.experts.*.{name}_proj" for name in ("gate", "up", "down")),
     ],
+    "stablelm": LLAMA,
+    "starcoder2": [*NORMS, *PROJECTIONS, "mlp.c_fc", "mlp.c_proj"],
 }
 NAMES = [
     (architecture, name)
@@ -43,23 +53,51 @@ NAMES = [
         *(f"model.layers.{i}.{part}.bias" for i in (0, 11) for part in PARTS[architecture]),
     )
 ]
+NAMES_IN_GGUF = {to_gguf(architecture, name) for architecture, name in NAMES}
 
 
-@pytest.mark.parametrize(("architecture", "name"), NAMES)
-def test_names_are_those_of_the_reference_converter(architecture, name):
-    reference = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 12)
-    assert to_gguf(architecture, name) == reference.get_name(name, (".weight", ".bias"))
+@pytest.mark.parametrize("architecture", PARTS)
+def test_names_are_those_of_the_reference_converter(architecture):
+    reference = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], 12)
+    found = {name: to_gguf(architecture, name) for of, name in NAMES if of == architecture}
+    # There, the matrices of all experts have one name from the start.
+    expected = {name: reference.get_name(name.replace(".*", ""), (".weight", ".bias")) for name in found}
+    if architecture == "gemma2":  # whose output is always tied, there
+        expected["lm_head.weight"] = "output.weight"
+    assert found == expected
 
 
-@pytest.mark.parametrize(("architecture", "name"), NAMES)
-def test_there_and_back_is_the_same_name(architecture, name):
-    assert to_huggingface(architecture, to_gguf(architecture, name)) == name
+def test_there_and_back_is_the_same_name():
+    assert [(a, to_huggingface(a, to_gguf(a, name))) for a, name in NAMES] == NAMES
 
 
 def test_every_architecture_has_names():
-    assert {architecture for architecture in ARCHITECTURES if to_gguf(architecture, MODEL[0])} == set(
-        ARCHITECTURES
-    )
+    assert set(PARTS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "expected"),
+    [
+        ("qwen3moe", "model.layers.3.mlp.experts.127.up_proj.weight", "blk.3.ffn_up_exps.weight"),
+        ("llama", "model.layers.0.block_sparse_moe.experts.0.w2.weight", "blk.0.ffn_down_exps.weight"),
+        ("qwen3moe", "model.layers.3.mlp.experts.01.up_proj.weight", None),
+        ("qwen3moe", "model.layers.3.mlp.experts.up_proj.weight", None),
+        ("qwen3", "model.layers.3.mlp.experts.1.up_proj.weight", None),
+        ("llama", "model.layers.3.mlp.experts.1.up_proj.weight", None),
+    ],
+)
+def test_matrix_of_an_expert_is_a_part_of_one_tensor(architecture, name, expected):
+    assert to_gguf(architecture, name) == expected
+
+
+def test_tensors_of_experts_are_told():
+    experts = {name for name in NAMES_IN_GGUF if is_of_experts(name)}
+    assert experts == {
+        f"blk.{i}.ffn_{part}_exps.{end}"
+        for i in (0, 11)
+        for part in ("gate", "up", "down")
+        for end in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,7 +145,7 @@ def test_gguf_tensor_that_no_llama_model_has_is_none(name):
 
 @pytest.mark.parametrize("translate", [to_gguf, to_huggingface])
 def test_unknown_architecture_is_refused(translate):
-    with pytest.raises(UnsupportedError, match=r"'mamba'.*known: gemma3, llama"):
+    with pytest.raises(UnsupportedError, match=r"'mamba'.*known: gemma2, gemma3, gpt-oss"):
         translate("mamba", "model.norm.weight")
 
 
@@ -119,10 +157,11 @@ def test_layer_of_a_tensor():
     ]
 
 
-def test_only_llama_s_q_and_k_are_permuted():
+def test_only_q_and_k_of_llama_and_granite_are_permuted():
     permuted = {(a, to_gguf(a, n)) for a, n in NAMES if is_permuted(a, to_gguf(a, n))}
     assert permuted == {
-        ("llama", f"blk.{i}.{part}.{end}")
+        (architecture, f"blk.{i}.{part}.{end}")
+        for architecture in ("llama", "granite")
         for i in (0, 11)
         for part in ("attn_q", "attn_k")
         for end in ("weight", "bias")
@@ -131,10 +170,12 @@ def test_only_llama_s_q_and_k_are_permuted():
 
 def test_only_gemma_s_norms_have_one_added():
     added = {(a, to_gguf(a, n)) for a, n in NAMES if adds_one(a, to_gguf(a, n))}
-    norms = "attn_norm ffn_norm attn_q_norm attn_k_norm post_attention_norm post_ffw_norm".split()
+    norms = ["attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"]
+    of_layers = {"gemma2": norms, "gemma3": [*norms, "attn_q_norm", "attn_k_norm"]}
     assert added == {
-        ("gemma3", "output_norm.weight"),
-        *(("gemma3", f"blk.{i}.{norm}.weight") for i in (0, 11) for norm in norms),
+        (architecture, name)
+        for architecture, parts in of_layers.items()
+        for name in ("output_norm.weight", *(f"blk.{i}.{part}.weight" for i in (0, 11) for part in parts))
     }
 
 
@@ -164,6 +205,7 @@ def test_keys_are_permuted_by_their_own_heads_and_values_not_at_all():
     assert (gguf_rows("llama", "blk.0.attn_q.weight", rows, 4, 2) == permute(rows, 4)).all()
     assert (gguf_rows("llama", "blk.0.attn_k.bias", rows, 4, 2) == permute(rows, 2)).all()
     assert gguf_rows("llama", "blk.0.attn_v.weight", rows, 4, 2) is rows
+    assert (gguf_rows("granite", "blk.0.attn_k.weight", rows, 4, 2) == permute(rows, 2)).all()
     assert gguf_rows("gemma3", "blk.0.attn_q.weight", rows, 4, 2) is rows
 
 
