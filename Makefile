@@ -16,6 +16,7 @@ PYTHON ?= $(shell for p in $(PYTHONS); do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && 
 
 BIN := .venv/bin
 MODEL := build/models/gemma-3-270m-q4_k_m.gguf
+PROCESSES := -n auto --maxprocesses 4 --dist loadgroup
 PROMPT ?= The three most important inventions of the nineteenth century were
 
 demo: $(MODEL) .venv/demo.stamp
@@ -23,10 +24,10 @@ demo: $(MODEL) .venv/demo.stamp
 	$(BIN)/rlxc run build/models/gemma-3-270m.rlx "$(PROMPT)" -n 64 --stats
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PROCESSES)
 
 test-full: check
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(PROCESSES) -m ""
 
 check: .venv/test.stamp
 	$(BIN)/ruff format --check .

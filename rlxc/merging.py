@@ -136,7 +136,7 @@ class _Merging:
             raise UnsupportedError(
                 f"{experts} would have to be cut into single experts",
                 source=self.file.path,
-                remedy="merge into a .gguf file",
+                remedy="compile the model with the adapters, or merge those into its GGUF file",
             )
         named = {to_huggingface(architecture, weight.name): weight for weight in weights}
         # What a Hugging Face model computes from its configuration has no name there.

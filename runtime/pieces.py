@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any
 
 import tokenizers
 from tokenizers import models
 
+from rlxc.errors import SessionError
 from rlxc.runtime.unigram import Unigram
 from rlxc.runtime.utf8 import SURROGATES, code_points, leading_length
 from rlxc.runtime.word_piece import WordPiece
@@ -26,7 +27,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581".encode()  # what SentencePiece vocabularies write for a space
 _BLANKS = b" \t\n\v\f\r"
 _EACH_BLANK = [bytes([blank]) for blank in _BLANKS]
-_STAND_INS = [chr(c) for c in chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))]
+_STAND_INS = (*range(0xFDD0, 0xFDF0), *range(0x10F000, 0x10FFFE))  # no characters, or private ones
 
 
 def byte_of(token: str) -> int | None:
@@ -131,18 +132,19 @@ class Pieces:
 
     def _byte_level(self, text: bytes) -> list[int]:
         points = code_points(text)
-        if not any(c in SURROGATES for c in points):
-            return self._library("".join(map(chr, points)))
+        before = self._tokenizer.pre_tokenizer
+        if before is None or not any(c in SURROGATES for c in points):
+            return self._replacing(text)
         # The library takes no half of a surrogate pair: it cuts the words around a character of the same class, whose
         # bytes are then exchanged.
-        stand_in = next(char for char in _STAND_INS if char.encode() not in text)
+        stand_in = self._stand_in(text)
         given = "".join(stand_in if c in SURROGATES else chr(c) for c in points)
         if self._tokenizer.normalizer is not None:
             given = self._tokenizer.normalizer.normalize_str(given)
         halves = iter(_spelt(chr(c).encode("utf-8", "surrogatepass")) for c in points if c in SURROGATES)
         no_tokens = {char for char in _CHARACTERS.values() if self._tokenizer.token_to_id(char) is None}
         ids: list[int] = []
-        for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(given):
+        for word, _ in before.pre_tokenize_str(given):
             exchanged = re.sub(_spelt(stand_in.encode()), lambda _: next(halves), word)
             for inside, run in groupby(exchanged, key=lambda char: char not in no_tokens):
                 ids += [token.id for token in self._tokenizer.model.tokenize("".join(run))] if inside else []
@@ -150,11 +152,7 @@ class Pieces:
 
     def _byte_fallback(self, text: bytes) -> list[int]:
         """Has a character stand in for what is none: it falls back to bytes of its own, which are then exchanged."""
-        stand_in = next(
-            char
-            for char in _STAND_INS
-            if self._tokenizer.token_to_id(char) is None and char.encode() not in text
-        )
+        stand_in = self._stand_in(text)
         # A space counts as its mark, three bytes that may complete a character, but must not spell an added token.
         spaces = {found.start() + n * (len(_SPACE) - 1) for n, found in enumerate(re.finditer(b" ", text))}
         text = text.replace(b" ", _SPACE)
@@ -170,6 +168,17 @@ class Pieces:
                 strange.append(piece)
             at += length
         return self._exchanged(self._library("".join(characters)), stand_in, strange)
+
+    def _stand_in(self, text: bytes) -> str:
+        """A character of no class that is neither in the text nor a token."""
+        free = (char for char in map(chr, _STAND_INS) if self._tokenizer.token_to_id(char) is None)
+        found = next((char for char in free if char.encode() not in text), None)
+        if found is None:
+            raise SessionError(
+                "the prompt has bytes that are no UTF-8, and every character that could stand in for them",
+                remedy="leave out one or the other",
+            )
+        return found
 
     def _exchanged(self, ids: list[int], stand_in: str, strange: list[bytes]) -> list[int]:
         mark = self._byte_ids(stand_in.encode())

@@ -96,6 +96,8 @@ class Tokenizer:
         around = self._tokenizer.encode("a", add_special_tokens=True)
         mask = around.special_tokens_mask
         before = len(list(takewhile(bool, mask)))
+        if before == len(mask):  # no token for the letter
+            before = int(around.ids[:1] == [self.bos_id])
         after = len(list(takewhile(bool, reversed(mask[before:]))))
         return [*around.ids[:before], *ids, *around.ids[len(mask) - after :]]
 

@@ -22,6 +22,13 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, and those of tests/models too: they share what is slow to compile."""
+    for item in items:
+        folder = item.path.parent
+        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "models" else item.path)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     on_onnx = getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "tvm"
     if on_onnx and item.get_closest_marker("needs_ring") and not installed_runtime().has_ring:

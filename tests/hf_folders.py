@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from adapters import random_pairs, write_peft_adapter
 from hf_kinds import BIAS_KEYS, KINDS, Sizes, layer_shapes, norm_shapes
 from safetensors.numpy import save_file
 
@@ -344,6 +345,13 @@ VARIANTS: Mapping[str, HfTiny] = {
 }
 
 
+ADAPTED = (
+    *("gemma2", "phi3-long", "granite", "olmo2", "qwen2", "qwen3", "qwen3-moe", "mixtral", "starcoder2"),
+    *("stablelm", "gpt-oss"),
+)
+"""Variants whose logits are taken with an adapter, too: as ``{variant}+adapter``."""
+
+
 def shapes(
     model_type: str, tied: bool, bias: bool, parallel: bool = False
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -360,12 +368,17 @@ def shapes(
 
 
 def linear_modules(tiny: HfTiny) -> dict[str, tuple[int, int]]:
-    """Every linear layer that an adapter may change, ``[out, in]`` by the module's name: none of experts."""
+    """Every linear layer of the layers, ``[out, in]`` by the module's name: neither experts nor routers."""
     return {
         name.removesuffix(".weight"): (array.shape[0], array.shape[1])
         for name, array in tiny.arrays().items()
-        if array.ndim == 2 and name.startswith("model.layers.") and ".experts" not in name
+        if name.endswith(("_proj.weight", "c_fc.weight")) and ".experts." not in name
     }
+
+
+def write_adapter(folder: Path, tiny: HfTiny) -> Path:
+    """A PEFT adapter of every linear layer, whose scale is 2."""
+    return write_peft_adapter(folder, random_pairs(linear_modules(tiny), 3))
 
 
 def as_stored(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:

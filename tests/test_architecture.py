@@ -35,7 +35,7 @@ MAY_IMPORT = {
 MAY_IMPORT_EVERYTHING = {
     *("__init__", "__main__", "cli"),
     *("compiler", "reading", "lowering", "adapting", "merging", "comparing"),
-    *("inspection", "checking", "weight_table"),
+    *("inspection", "checking", "weight_table", "supported"),
 }
 
 # Modules that import what a table in them names; the rules hold for the names in such tables as well.

@@ -23,7 +23,7 @@ from rlxc.errors import FormatError
 from rlxc.runtime import Completion, Stream
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["compile", "run", "chat", "bench", "compare", "merge", "tune", "inspect", "graph"]
+COMMANDS = ["compile", "run", "chat", "bench", "compare", "merge", "tune", "inspect", "formats", "graph"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

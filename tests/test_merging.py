@@ -305,6 +305,17 @@ def test_packed_model_becomes_f16(folder: Path, tmp_path: Path) -> None:
     assert relative_error(found["model.embed_tokens.weight"].astype(np.float64), expected) < ERRORS["F16"]
 
 
+def test_model_of_experts_merges_into_a_gguf_file_only(tmp_path: Path) -> None:
+    model = HfTiny("qwen3_moe", seed=6)
+    made = {"model.layers.0.self_attn.q_proj": (np.ones((2, 64), np.float32), np.ones((128, 2), np.float32))}
+    adapter = write_peft_adapter(tmp_path / "adapter", made)
+    with pytest.raises(
+        UnsupportedError, match=r"ffn_gate_exps.weight would have to be cut into single experts"
+    ):
+        merge(write_folder(tmp_path / "model", model), [adapter], tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 

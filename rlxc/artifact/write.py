@@ -8,8 +8,9 @@ import os
 import re
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,10 @@ class ArtifactWriter:
                     shutil.rmtree(self._final.parent / name, ignore_errors=True)
 
 
+_HASHES_BEHIND = 4
+"""How many pieces of a file may wait to be hashed, and stay in memory for that."""
+
+
 class FileWriter:
     """One file of an unfinished artifact, hashed while it is written; on disk when its ``with`` block ends."""
 
@@ -146,24 +151,23 @@ class FileWriter:
         self._artifact, self._size, self._digest = artifact, 0, hashlib.sha256()
         # Hashing a large file takes as long as writing it.
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="rlxc-hash")
+        self._hashing: deque[Future[None]] = deque()
         with _writing(artifact):
             self._file = open(path, "xb")  # noqa: SIM115 - __exit__ closes it
 
     def write(self, data: ReadableBuffer | npt.NDArray[Any]) -> None:
-        """Append bytes, or those of a contiguous array."""
+        """Append bytes, or those of a contiguous array, which must stay as they are: they are hashed later."""
         view = memoryview(
             cast("ReadableBuffer", data)
         )  # numpy declares its arrays as buffers from Python 3.12 on
         if not view.nbytes:
             return
         view = view.cast("B")
-        hashing = self._hasher.submit(self._digest.update, view)
-        try:
-            with _writing(self._artifact):
-                self._file.write(view)
-        finally:
-            hashing.result()
+        self._hashing.append(self._hasher.submit(self._digest.update, view))
+        with _writing(self._artifact):
+            self._file.write(view)
         self._size += len(view)
+        self._wait_for_hashes(_HASHES_BEHIND)
 
     def align(self, multiple: int) -> None:
         """Append zeros up to a multiple of so many bytes."""
@@ -175,7 +179,12 @@ class FileWriter:
 
     def entry(self) -> FileEntry:
         """Size and digest of what is written so far."""
+        self._wait_for_hashes(0)
         return FileEntry(self._size, self._digest.hexdigest())
+
+    def _wait_for_hashes(self, allowed: int) -> None:
+        while len(self._hashing) > allowed:
+            self._hashing.popleft().result()
 
     def __enter__(self) -> FileWriter:
         return self

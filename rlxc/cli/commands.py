@@ -22,6 +22,7 @@ from rlxc.artifact import DEFAULT_MAX_RANK, DEFAULT_ROLLBACK, Activations, Backe
 from rlxc.cli.adapters import FoldTo, Lora, LoraModeOption, Quantize, parse_adapters
 from rlxc.cli.bench import bench
 from rlxc.cli.compare import compare, fold_report
+from rlxc.cli.formats import formats
 from rlxc.cli.inspecting import inspect
 from rlxc.cli.merge import merge
 from rlxc.cli.models import DEFAULT_CONTEXT, ModelContext, Runnable, Threads, artifact_of
@@ -394,6 +395,7 @@ def _graph(
 
 app.command("bench")(bench)
 app.command("compare")(compare)
+app.command("formats")(formats)
 app.command("inspect")(inspect)
 app.command("merge")(merge)
 app.command("tune")(tune)

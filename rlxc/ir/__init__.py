@@ -14,6 +14,7 @@ from rlxc.ir.graph import (
     TensorType,
     Value,
     Weight,
+    WeightLayout,
 )
 from rlxc.ir.rope import RopeSpec, Yarn
 from rlxc.ir.text import parse, show
@@ -34,6 +35,7 @@ __all__ = [
     "TensorType",
     "Value",
     "Weight",
+    "WeightLayout",
     "Yarn",
     "parse",
     "show",

@@ -116,12 +116,35 @@ Recipe = Source | Alias | Concat | Encode | Fold | Balance
 
 
 @dataclass(frozen=True)
+class WeightLayout:
+    """How a backend stores a packed matrix: any layout holds the same numbers.
+
+    Attributes:
+        bits: that a code takes.
+        block: columns that share a stored scale, or that a kernel takes at a time.
+        tile: rows that lie interleaved; 1 if each lies alone.
+    """
+
+    bits: int
+    block: int
+    tile: int
+
+    def __str__(self) -> str:
+        rows = f", tiles of {self.tile}" if self.tile > 1 else ""
+        return f"{self.bits} bit{'' if self.bits == 1 else 's'}, blocks of {self.block}{rows}"
+
+
+@dataclass(frozen=True)
 class Weight:
-    """A weight and how to obtain it; its bytes are read when a backend writes the artifact."""
+    """A weight and how to obtain it; its bytes are read when a backend writes the artifact.
+
+    Without a layout it is stored as the backend stores its format by default.
+    """
 
     name: str
     type: TensorType
     recipe: Recipe
+    layout: WeightLayout | None = None
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@
     input %ids: i64[batch, seq]
     weight @table: q8_0[256, 64]
     weight @output: q8_0[256, 64] = alias(@table)
+    weight @gate: q4_k[256, 64] layout(4, 32, 16)
     %h = Embed(%ids, @table) : f32[batch, seq, 64]
     %n = RmsNorm(%h, @norm; eps=1e-06) : f32[batch, seq, 64]
     %logits = DequantMatMul(%n, @output) : f32[batch, seq, 256]
@@ -37,6 +38,7 @@ from rlxc.ir.graph import (
     TensorType,
     Value,
     Weight,
+    WeightLayout,
 )
 from rlxc.ir.rope import RopeSpec, Yarn
 
@@ -78,8 +80,9 @@ def show_recipe(weight: Weight) -> str:
 
 
 def _show_weight(weight: Weight) -> str:
-    recipe = show_recipe(weight)
-    return f"@{weight.name}: {weight.type}" + (f" = {recipe}" if recipe else "")
+    recipe, layout = show_recipe(weight), weight.layout
+    shown = f" layout({layout.bits}, {layout.block}, {layout.tile})" if layout else ""
+    return f"@{weight.name}: {weight.type}{shown}" + (f" = {recipe}" if recipe else "")
 
 
 def _show_node(graph: Graph, node: Node) -> str:
@@ -216,10 +219,20 @@ class _Reader:
     def weight(self) -> Weight:
         name = self.name("@")
         type_ = self.type()
+        layout = self._layout() if self.take("layout") else None
         recipe: Recipe = Source(name)
         if self.take("="):
             recipe = self._recipe()
-        return Weight(name, type_, recipe)
+        return Weight(name, type_, recipe, layout)
+
+    def _layout(self) -> WeightLayout:
+        """Bits, block and tile."""
+        numbers = []
+        for mark in "(,,":
+            self.expect(mark)
+            numbers.append(self._integer())
+        self.expect(")")
+        return WeightLayout(*numbers)
 
     def _recipe(self) -> Recipe:
         kind = self.next("a recipe")

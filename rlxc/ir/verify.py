@@ -23,6 +23,7 @@ def verify(graph: Graph, *, after: str = "") -> None:
         _check_interface(graph)
         for weight in graph.weights:
             _check_recipe(graph, weight)
+            _check_layout(weight)
         _check_types(graph)
     except GraphError as error:
         raise VerifyError(str(error), source=after or graph.name) from None
@@ -77,6 +78,17 @@ def _check_recipe(graph: Graph, weight: Weight) -> None:
             _check_balance(weight, balance)
             for part in balance.parts:
                 _check_recipe(graph, part)
+
+
+def _check_layout(weight: Weight) -> None:
+    if weight.layout is None:
+        return
+    bits, block, tile = weight.layout.bits, weight.layout.block, weight.layout.tile
+    if not weight.type.dtype.is_packed or isinstance(weight.recipe, Alias):
+        raise GraphError(f"@{weight.name} is {weight.type}, only packed matrices with bytes have a layout")
+    columns = weight.type.shape[-1]
+    if min(bits, block, tile) < 1 or not isinstance(columns, int) or columns % block:
+        raise GraphError(f"@{weight.name} is {weight.type}, it cannot have a layout of {weight.layout}")
 
 
 def _check_fold(weight: Weight, fold: Fold) -> None:

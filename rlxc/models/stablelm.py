@@ -1,5 +1,8 @@
 """StableLM: layer norms, and rotation of a part of each head.
 
+The norms of queries and keys that StableLM 2 12B has, with weights for every head, are not implemented: its file is
+refused for having tensors without a place.
+
 Sources: Tow et al. 2023, "StableLM 3B 4E1T"; Bellagente et al. 2024, "Stable LM 2 1.6B".
 """
 

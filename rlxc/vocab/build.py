@@ -21,7 +21,9 @@ from rlxc.vocab.templates import DEFAULT_TEMPLATES
 from rlxc.vocab.unigram import unigram
 from rlxc.vocab.word_piece import word_piece
 
-_KINDS = {"llama": sentence_piece, "gpt2": byte_level, "t5": unigram, "bert": word_piece}
+KINDS = {"llama": sentence_piece, "gpt2": byte_level, "t5": unigram, "bert": word_piece}
+"""The kinds of vocabularies, by what ``tokenizer.ggml.model`` calls them."""
+
 _END_KEYS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
@@ -108,13 +110,13 @@ def _read(keys: Keys) -> tuple[Vocabulary, Parts]:
         raise ModelError(
             f"{PREFIX}model is missing", source=keys.source, remedy="the file carries no tokenizer"
         )
-    if kind not in _KINDS:
-        known = ", ".join(_KINDS)
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
         raise UnsupportedError(
             f"tokenizer model {kind!r} is not supported", source=keys.source, remedy=f"known: {known}"
         )
     vocabulary = Vocabulary.read(keys)
-    return vocabulary, _KINDS[kind](vocabulary, keys)
+    return vocabulary, KINDS[kind](vocabulary, keys)
 
 
 @dataclass(frozen=True)

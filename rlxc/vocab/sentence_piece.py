@@ -126,10 +126,11 @@ def _check_ties(
 
     tied: set[str] = set()
     for score, group in groupby(best_first, key=score_of):
-        equals = [text for text in group if next(_cuts(text, known), None)]
-        if len(equals) < 2:
+        equals = list(group)
+        if len(equals) < 2:  # nearly always
             continue
-        tied.update(equals)
+        equals = [text for text in equals if next(_cuts(text, known), None)]
+        tied.update(equals if len(equals) > 1 else ())
         begun_by = {
             left: text for text in reversed(equals) for left, _ in _cuts(text, known)
         }  # the lowest id stays

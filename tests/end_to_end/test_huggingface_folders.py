@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tokenizers
-from adapters import random_pairs, write_peft_adapter
-from hf_folders import CONTEXT, TEXT, VARIANTS, HfTiny, linear_modules
+from hf_folders import ADAPTED, CONTEXT, TEXT, VARIANTS, HfTiny, write_adapter
 from interpreted import Interpreted
 
 import rlxc
@@ -100,26 +99,27 @@ def test_bitsandbytes_folders_run_packed(folder: Folder, compile_exact: CompileE
 # --- adapters -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["gemma2", "phi3-long", "granite", "starcoder2", "qwen3-moe", "gpt-oss"])
-def test_adapter_of_every_linear_layer_equals_merging_it(
-    variant: str, folder: Folder, tmp_path: Path
+@pytest.mark.parametrize("variant", ADAPTED)
+def test_logits_with_an_adapter_equal_peft_s(
+    variant: str, folder: Folder, tmp_path: Path, transformers_logits: dict[str, Floats]
 ) -> None:
-    tiny = VARIANTS[variant]
-    pairs = random_pairs(linear_modules(tiny), 3)
     model = Interpreted(folder(variant))
-    adapter = model.open(write_peft_adapter(tmp_path / "adapter", pairs))  # whose alpha is twice its rank
-    found = model.logits(TEXT, [(adapter, 0.7)])
-    arrays = tiny.arrays()
-    merged = {
-        f"{module}.weight": (
-            "F32",
-            (arrays[f"{module}.weight"] + 1.4 * b.astype(np.float64) @ a).astype(np.float32),
-        )
-        for module, (a, b) in pairs.items()
-    }
-    expected = Interpreted(tiny.write(tmp_path / "merged", tensors=merged)).logits(TEXT)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
-    assert np.abs(found - model.logits(TEXT)).max() > 100 * TOLERANCE
+    adapter = model.open(write_adapter(tmp_path / "adapter", VARIANTS[variant]))
+    expected = transformers_logits[f"{variant}+adapter"]
+    np.testing.assert_allclose(model.logits(TEXT, [(adapter, 1.0)]), expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(expected - transformers_logits[variant]).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("lora", ["split", "fold"])
+@pytest.mark.parametrize("variant", ["phi3-long", "gpt-oss-mxfp4"])
+def test_compiled_adapters_equal_the_interpreter_s(
+    variant: str, lora: str, folder: Folder, tmp_path: Path, compile_exact: CompileExact
+) -> None:
+    path = write_adapter(tmp_path / "adapter", VARIANTS[variant])
+    model = Interpreted(folder(variant))
+    expected = model.logits(TEXT, [(model.open(path), 1.0)])
+    artifact = compile_exact(folder(variant), "onnx", context=CONTEXT, lora=lora, adapters=[path])
+    np.testing.assert_allclose(score(artifact, TEXT), expected, rtol=0, atol=TOLERANCE)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------

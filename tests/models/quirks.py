@@ -51,6 +51,8 @@ _GRANITE_4 = {
 }
 """What converters write for Granite 4's dense models besides."""
 
+_EXPERTS = {"experts": 5, "experts_used": 2, "expert_ffn": 96, "bias": True}
+
 QUIRKS = {
     "gemma2 caps scores at 50 and logits at 30": Quirk(
         _tiny("gemma2", 1, {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
@@ -87,6 +89,18 @@ QUIRKS = {
     ),
     "gemma3 of 62 layers scales scores by its own measure": Quirk(
         _tiny("gemma3", 26, layers=62, heads=2, head_dim=64, window=8), {"attention.sliding_window": 4}
+    ),
+    "gpt-oss has windows by a pattern": Quirk(
+        _tiny("gpt-oss", 28, {"attention.sliding_window_pattern": 3}, layers=4, window=8, **_EXPERTS),
+        {"attention.sliding_window_pattern": 2},
+    ),
+    "gpt-oss has windows where an array says so": Quirk(
+        _tiny("gpt-oss", 29, {"attention.sliding_window_pattern": [False, True]}, window=8, **_EXPERTS),
+        {"attention.sliding_window_pattern": None},
+    ),
+    "gpt-oss rotates windowed layers by a theta of their own": Quirk(
+        _tiny("gpt-oss", 30, {"rope.freq_base_swa": 500.0}, window=8, rope_scaling="yarn", **_EXPERTS),
+        {"rope.freq_base_swa": None},
     ),
     "granite has no rope if the key says so": Quirk(
         _tiny("granite", 9, {"rope.scaling.finetuned": False}), {"rope.scaling.finetuned": True}
@@ -158,5 +172,16 @@ QUIRKS = {
     ),
     "qwen3 has heads of a size of their own": Quirk(
         _tiny("qwen3", 24, heads=3, kv_heads=1, head_dim=32), {"rope.freq_base": 1e4}
+    ),
+    "qwen3moe's experts share the MLP's width where they have no key of their own": Quirk(
+        _tiny("qwen3moe", 31, {"expert_feed_forward_length": None}, ffn=192, **{**_EXPERTS, "bias": False}),
+        {"expert_used_count": 1, "expert_feed_forward_length": 96},
+    ),
+    "stablelm is parallel without norms of the MLPs, whatever its key says": Quirk(
+        _tiny("stablelm", 32, {"use_parallel_residual": False}, parallel=True, rope_dim=8),
+        {"rope.dimension_count": 16},
+    ),
+    "stablelm is sequential with norms of the MLPs, whatever its key says": Quirk(
+        _tiny("stablelm", 33, {"use_parallel_residual": True}, rope_dim=8), {"rope.dimension_count": 16}
     ),
 }

@@ -12,7 +12,7 @@ from tiny import FORMATS, ROWS
 
 from rlxc.artifact import BackendName
 from rlxc.dtypes import DType
-from rlxc.models import ARCHITECTURES
+from rlxc.supported import CELLS
 from rlxc.weights.formats import GGML_FORMATS
 from rlxc.weights.gguf import open_gguf
 
@@ -21,11 +21,10 @@ def test_the_table_has_all_formats_of_gguf() -> None:
     assert {DType[name] for name in FORMATS} == {found.dtype for found in GGML_FORMATS.values()}
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "dtype"), CELLS, ids=str)
 def test_cell(
     architecture: str,
-    dtype: str,
+    dtype: DType,
     backend: BackendName,
     tiny_gguf: Callable[[str], Path],
     score_tiny: Callable[..., Floats],
@@ -34,6 +33,6 @@ def test_cell(
     variant = f"{architecture}-formats"
     with open_gguf(tiny_gguf(variant)) as file:
         matrices = {info.dtype for info in file.tensors.values() if len(info.shape) > 1}
-    assert DType[dtype] in matrices
+    assert dtype in matrices
     logits, expected = score_tiny(backend, variant, "float32")[ROWS], llama_cpp_logits[variant]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance(variant, expected))

@@ -18,6 +18,13 @@ COMMON = {"vocab_size": 48}
 ALSO_WRITTEN: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 50.0, "attention.sliding_window": 4096},
     "gemma3": {"final_logit_softcapping": 30.0, "attention.sliding_window_pattern": 6},
+    "gpt-oss": {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 32.0,
+        "rope.scaling.original_context_length": 128,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
+    },
     "granite": {
         "attention.head_count_kv": np.array([2, 2]),
         "expert_count": 0,
@@ -48,6 +55,9 @@ ALSO_WRITTEN: dict[str, dict[str, Any]] = {
         "rope.scaling.original_context_length": 128,
         "rope.scaling.finetuned": True,
     },
+    "qwen3moe": {"rope.dimension_count": 16},
+    "stablelm": {"use_parallel_residual": True},
+    "starcoder2": {"rope.dimension_count": 16},
 }
 
 

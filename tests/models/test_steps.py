@@ -42,8 +42,14 @@ def test_only_every_sixth_gemma3_layer_sees_everything(open_tiny: Open) -> None:
     assert [op.window for op in ops if isinstance(op, Attention)] == [8, 8, 8, 8, 8, None, 8]
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt-oss"])
+def test_every_second_layer_sees_everything(architecture: str, open_tiny: Open) -> None:
+    ops = [node.op for node in open_tiny(f"{architecture}-formats").graph.nodes]
+    assert [op.window for op in ops if isinstance(op, Attention)] == [8, None, 8, None]
+
+
 # Formats make no difference to the cache: one model of each kind of layer.
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-yarn", "gemma3-window", "gemma3-no-window"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-yarn", "gemma3-window", "gpt-oss-odd"])
 def test_interpreted_steps_equal_one_pass(variant: str, open_tiny: Open) -> None:
     model = open_tiny(variant)
     caches, parts, start = model.empty_caches(), [], 0

@@ -51,12 +51,17 @@ def test_any_bytes_get_ids_of_the_vocabulary(tokenizer: Tokenizer, data: bytes) 
 
 
 def test_bytes_are_surrounded_as_texts_are(tokenizer: Tokenizer) -> None:
-    whole, inside = tokenizer.encode(b"a\xff"), tokenizer.encode(b"a\xff", add_special=False)
-    empty = tokenizer.encode("")
-    assert sorted(whole) == sorted(inside + empty)
-    assert whole[: len(empty) and (empty[0] == tokenizer.bos_id)] == [
-        i for i in empty if i == tokenizer.bos_id
-    ]
+    outer, inner = tokenizer.encode("a"), tokenizer.encode("a", add_special=False)
+    start = next(n for n in (0, 1) if outer[n : n + len(inner)] == inner)
+    inside = tokenizer.encode(b"a\xff", add_special=False)
+    assert tokenizer.encode(b"a\xff") == [*outer[:start], *inside, *outer[start + len(inner) :]]
+
+
+def test_they_are_where_the_vocabulary_has_no_letters(tmp_path: Path) -> None:
+    changes = {"tokens": ["<s>", "</s>", "!"], "token_type": np.array([3, 3, 1]), "merges": []}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "add_bos_token": True, "add_eos_token": True}
+    tokenizer = load(byte_level(**changes, **ends), tmp_path)
+    assert tokenizer.encode(b"!\xff") == tokenizer.encode("!") == [0, 2, 1]
 
 
 @pytest.mark.parametrize("value", [7, None, ["a"], "\ud800"])
@@ -109,6 +114,13 @@ def test_without_byte_tokens_they_become_unknown(tmp_path: Path) -> None:
     assert tokenizer.encode(b"a\xffa", add_special=False) == [3, 0, 3]
 
 
+def test_bytes_beside_every_character_that_could_stand_in_are_refused(tmp_path: Path) -> None:
+    tokenizer = load(sentence_piece(), tmp_path)
+    private = "".join(map(chr, [*range(0xFDD0, 0xFDF0), *range(0x10F000, 0x10FFFE)]))
+    with pytest.raises(SessionError, match="every character that could stand in"):
+        tokenizer.encode(private.encode() + b"\xff")
+
+
 OVERLAPPING = with_tokens(byte_level(pre="qwen2"), **{"|a|": CONTROL, "|bcd|": CONTROL})
 
 
@@ -121,7 +133,7 @@ def test_in_a_document_of_others_the_first_of_overlapping_tokens_is(tmp_path: Pa
     plain = json.loads(build_tokenizer(OVERLAPPING, source="test").tokenizer_json)["added_tokens"]
     del plain[0]["cut"]
     tokenizer = load(OVERLAPPING, tmp_path, added_tokens=plain)
-    assert [tokenizer.piece(i) for i in tokenizer.encode("|a|bcd|")][0] == "|a|"
+    assert tokenizer.piece(tokenizer.encode("|a|bcd|")[0]) == "|a|"
 
 
 PHI_3 = with_tokens(sentence_piece(), **{"<|user|>": CONTROL}) | {"general.name": "phi-3"}

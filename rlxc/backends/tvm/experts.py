@@ -55,6 +55,7 @@ class ExpertOps:
         out = draft.new(node.outputs[0])
         shape: dict[str, Any] = {
             "dtype": type_.dtype.value,
+            "layout": stored.chosen,
             "experts": experts,
             "rows": rows,
             "columns": columns,

@@ -23,11 +23,15 @@ from rlxc.backends.tvm.kernels.matmul_exact import exact_matmul_kernel
 from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.route import Groups
 from rlxc.backends.tvm.kernels.vector import Vectors
-from rlxc.backends.tvm.layout import TILE, Layout, PackedLayout, layout_of
+from rlxc.backends.tvm.layout import Layout, PackedLayout, layout_of
 from rlxc.backends.tvm.problem import Filled, Problem
 from rlxc.backends.tvm.targets import CpuTarget
 from rlxc.dtypes import DType
 from rlxc.errors import ArtifactError
+from rlxc.ir import WeightLayout
+
+Chosen = Sequence[int] | None
+"""A layout's bits, block and tile; None for that of the format."""
 
 MEASURED_POSITIONS = 4096
 """The most positions that attention is measured with: longer sequences take more time, not other knobs."""
@@ -37,6 +41,7 @@ def matmul(
     target: CpuTarget,
     *,
     dtype: str,
+    layout: Chosen = None,
     rows: int,
     columns: int,
     stride: int,
@@ -50,21 +55,22 @@ def matmul(
 
     It is measured without what ``lora`` makes it add.
     """
-    vectors, layout = Vectors.of(target), PackedLayout(DType(dtype), rows, columns)
-    row = QuantisedRow.of(layout, vectors)
+    vectors, stored = Vectors.of(target), PackedLayout(DType(dtype), rows, columns, _chosen(layout))
+    row = QuantisedRow.of(stored, vectors)
 
     def make(knobs: Knobs) -> Kernel:
-        return matmul_kernel(vectors, knobs, layout, OutputRows(rows, stride, cap), bias=bias, lora=lora)
+        return matmul_kernel(vectors, knobs, stored, OutputRows(rows, stride, cap), bias=bias, lora=lora)
 
-    biases = (layout.tiles * TILE,) if bias else ()
-    arguments = (layout.nbytes, tokens * row.stride, *biases, tokens * stride, tokens)
-    return _product(target, make, layout, arguments, weight)
+    biases = (stored.tiles * stored.tile,) if bias else ()
+    arguments = (stored.nbytes, tokens * row.stride, *biases, tokens * stride, tokens)
+    return _product(target, make, stored, arguments, weight)
 
 
 def matmul_exact(
     target: CpuTarget,
     *,
     dtype: str,
+    layout: Chosen = None,
     rows: int,
     columns: int,
     x_stride: int,
@@ -79,21 +85,22 @@ def matmul_exact(
 
     It is measured without what ``lora`` makes it add.
     """
-    vectors, layout = Vectors.of(target), layout_of(DType(dtype), rows, columns)
+    vectors, stored = Vectors.of(target), layout_of(DType(dtype), rows, columns, _chosen(layout))
 
     def make(knobs: Knobs) -> Kernel:
         output = OutputRows(rows, stride, cap)
-        return exact_matmul_kernel(vectors, knobs, layout, output, stride=x_stride, bias=bias, lora=lora)
+        return exact_matmul_kernel(vectors, knobs, stored, output, stride=x_stride, bias=bias, lora=lora)
 
-    biases = (layout.tiles * TILE,) if bias else ()
-    arguments = (layout.nbytes, tokens * x_stride, *biases, tokens * stride, tokens)
-    return _product(target, make, layout, arguments, weight)
+    biases = (stored.tiles * stored.tile,) if bias else ()
+    arguments = (stored.nbytes, tokens * x_stride, *biases, tokens * stride, tokens)
+    return _product(target, make, stored, arguments, weight)
 
 
 def expert_matmul(
     target: CpuTarget,
     *,
     dtype: str,
+    layout: Chosen = None,
     experts: int,
     rows: int,
     columns: int,
@@ -105,7 +112,8 @@ def expert_matmul(
     weight: int = 1,
 ) -> Problem:
     """A product of packed experts and int8 activations, one row for each token if ``shared``, or for each slot."""
-    vectors, of = Vectors.of(target), Experts(DType(dtype), experts, rows, columns, used)
+    vectors = Vectors.of(target)
+    of = Experts(DType(dtype), experts, rows, columns, used, _chosen(layout))
     assert isinstance(of.layout, PackedLayout)
     row = QuantisedRow.of(of.layout, vectors)
 
@@ -120,6 +128,7 @@ def expert_matmul_exact(
     target: CpuTarget,
     *,
     dtype: str,
+    layout: Chosen = None,
     experts: int,
     rows: int,
     columns: int,
@@ -132,7 +141,8 @@ def expert_matmul_exact(
     weight: int = 1,
 ) -> Problem:
     """A product of any experts and f32 activations, ``x_stride`` numbers from row to row."""
-    vectors, of = Vectors.of(target), Experts(DType(dtype), experts, rows, columns, used)
+    vectors = Vectors.of(target)
+    of = Experts(DType(dtype), experts, rows, columns, used, _chosen(layout))
 
     def make(knobs: Knobs) -> Kernel:
         output = OutputRows(rows, stride)
@@ -141,6 +151,10 @@ def expert_matmul_exact(
         )
 
     return _expert_product(target, make, of, x_stride, stride, shared, bias, tokens, weight)
+
+
+def _chosen(layout: Chosen) -> WeightLayout | None:
+    return None if layout is None else WeightLayout(*layout)
 
 
 def _expert_product(
@@ -157,7 +171,7 @@ def _expert_product(
     """Measured with slots that want all experts alike."""
     space, slots = _matmul_space(target, tokens), tokens * of.used
     groups = Groups(of.experts).even(slots)
-    biases = (of.layout.tiles * TILE,) if bias else ()
+    biases = (of.layout.rows,) if bias else ()
     x = (tokens if shared else slots) * x_stride
     return Problem(
         name=f"{make(space[0]).name}, {_tokens(tokens)}",

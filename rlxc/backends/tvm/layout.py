@@ -1,6 +1,7 @@
 """How weights lie in the weights file: the model file's own numbers, in the order in which kernels read them.
 
-Sixteen rows make a tile, because sixteen sums fill a vector register. In a tile, four codes of each row lie side by
+Sixteen rows make a tile, because sixteen sums fill a vector register; or eight, where all targets have registers of
+eight. In a tile, four codes of each row lie side by
 side, since one instruction multiplies and adds four; eight such groups make a block of 32 columns. Codes keep their
 width: they are cut into planes of 1, 2, 4 or 8 bits (five bits are four and one), and a plane of ``w`` bits takes
 ``w`` vectors of 64 bytes for a block, in which group ``g`` has the bits from ``g // w * w`` on of vector ``g % w``.
@@ -11,6 +12,9 @@ Q2_K, whose integers are narrower), and a kernel reads each byte once, in order.
 Some formats have codes of no width of their own. Of the eight or four weights that a number of IQ1 to IQ3 stands for,
 each becomes a code of 3 bits (IQ3: 4), because finding a grid's row takes longer than reading these; five ternary
 digits that share a byte in TQ1_0 become codes of 2 bits. :attr:`PackedLayout.bits_per_weight` says what that takes.
+
+A layout chosen for a target can make codes wider, up to a plane of their own: then a kernel unpacks less. In bytes, the
+numbers that a codebook has for its codes are stored instead of the codes.
 """
 
 from __future__ import annotations
@@ -26,10 +30,11 @@ import numpy.typing as npt
 
 from rlxc.artifact.alignment import align
 from rlxc.dtypes import DType
+from rlxc.ir import WeightLayout
 from rlxc.weights.formats import FORMATS, BlockFormat, Scales
 
 TILE = 16
-"""Rows of a tile."""
+"""Rows of a tile where nothing else was chosen, and of the tiles that vectors beside a matrix are padded to."""
 
 BLOCK = 32
 """Columns of a block."""
@@ -58,9 +63,14 @@ class _Layout(ABC):
     rows: int
 
     @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return TILE
+
+    @property
     def tiles(self) -> int:
         """Tiles of rows; the last one may be padded with zeros."""
-        return -(-self.rows // TILE)
+        return -(-self.rows // self.tile)
 
     @abstractmethod
     def tile_bytes(self) -> dict[str, int]:
@@ -89,11 +99,13 @@ class PackedLayout(_Layout):
     ``scale_factors`` and ``minimum_factors``, the integers that multiply them in each sub-block.
 
     A kernel makes *stored numbers* of codes: the weight's integer less the least one there is, so none is negative.
+    Of a ``chosen`` layout, bits and tile are what counts: blocks always have 32 columns.
     """
 
     dtype: DType
     rows: int
     columns: int
+    chosen: WeightLayout | None = None
 
     @property
     def format(self) -> BlockFormat:
@@ -101,9 +113,31 @@ class PackedLayout(_Layout):
         return FORMATS[self.dtype]
 
     @property
-    def bits(self) -> int:
-        """The width of a code."""
+    def name(self) -> str:
+        """Different for different ones, as part of a kernel's name."""
+        wide = f"_in_{self.bits}" if self.bits != self.code_bits else ""
+        rows = f"_by_{self.tile}" if self.tile != TILE else ""
+        return f"{self.dtype}{wide}{rows}_{self.rows}x{self.columns}"
+
+    @property
+    def code_bits(self) -> int:
+        """The width of the format's codes."""
         return (self.format.code_max - self.format.code_min).bit_length()
+
+    @property
+    def bits(self) -> int:
+        """The width that a code is stored in."""
+        return self.chosen.bits if self.chosen else self.code_bits
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return self.chosen.tile if self.chosen else TILE
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether stored numbers lie there instead of the codes that stand for them."""
+        return self.bits == 8 and self.format.integers is not None
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -119,15 +153,12 @@ class PackedLayout(_Layout):
     @property
     def table(self) -> tuple[int, ...] | None:
         """The stored number of each code, where that is not the code, :attr:`shift` bits to the left."""
-        integers = self.format.integers
-        if integers is None or self.shift:
-            return None
-        return tuple(integer - self.low for integer in integers)
+        return None if self.shift or self.holds_numbers else self._numbers
 
     @property
     def shift(self) -> int:
         """How many bits to the left of a code its stored number is: 1 where two codes stand for -1 and 1."""
-        return 1 if self.format.integers == (-1, 1) else 0
+        return 1 if self.format.integers == (-1, 1) and not self.holds_numbers else 0
 
     @property
     def centre(self) -> int:
@@ -136,12 +167,12 @@ class PackedLayout(_Layout):
         In a format without minimums that is the number of zero. In one with minimums it is the middle of the codes:
         what rounding an activation does grows with what multiplies it. The kernel adds the rest with exact sums.
         """
-        return 1 << self.bits - 1 if self.format.has_mins else -self.low
+        return 1 << self.code_bits - 1 if self.format.has_mins else -self.low
 
     @property
     def max_number(self) -> int:
         """The largest stored number."""
-        return max(self.table) if self.table else (1 << self.bits) - 1 << self.shift
+        return max(self._numbers) if self._numbers else (1 << self.code_bits) - 1
 
     @property
     def has_integers(self) -> bool:
@@ -162,7 +193,7 @@ class PackedLayout(_Layout):
     @property
     def bits_per_weight(self) -> float:
         """Bits that a weight takes, its share of the scales with it."""
-        return 8 * sum(self.tile_bytes().values()) / (TILE * self.columns)
+        return 8 * sum(self.tile_bytes().values()) / (self.tile * self.columns)
 
     @property
     def blocks(self) -> int:
@@ -173,35 +204,54 @@ class PackedLayout(_Layout):
         """Bytes that a tile has of each section, in order."""
         format = self.format
         assert format.scale is not None
-        sizes = {"codes": self.blocks * self.bits * 4 * TILE}
+        sizes = {"codes": self.blocks * self.bits * 4 * self.tile}
         for name, scale in (("scale", format.scale), ("minimum", format.minimum)):
             if scale is None:
                 continue
             bases = self.columns // format.block_size * scale.bases
-            sizes[name] = bases * scale.base.itemsize * TILE
+            sizes[name] = bases * scale.base.itemsize * self.tile
             if scale.factors is not None:
-                sizes[f"{name}_factors"] = self.columns // format.sub_block * TILE
+                sizes[f"{name}_factors"] = self.columns // format.sub_block * self.tile
         return sizes
 
     def encode(self, data: Bytes) -> Chunk:
-        """The sections' parts of some rows, ``uint8 [16 n, row_bytes]`` as in the model file."""
+        """The sections' parts of some rows, ``uint8 [tile n, row_bytes]`` as in the model file."""
         fields = self.format.fields(data)
         codes = fields.codes.view(np.uint8)
-        codes -= np.uint8(self.format.code_min & 0xFF)
+        if self.holds_numbers:
+            codes = np.array(self._numbers, np.uint8)[codes]
+        else:
+            codes -= np.uint8(self.format.code_min & 0xFF)
         chunk: Chunk = {"codes": self._pack(codes)}
         for name, scales in (("scale", fields.scale), ("minimum", fields.minimum)):
             if scales is not None:
-                chunk |= _scale_sections(name, scales)
+                chunk |= self._scale_sections(name, scales)
         return chunk
 
+    @property
+    def _numbers(self) -> tuple[int, ...] | None:
+        """The stored numbers of the codes that a codebook of integers has."""
+        integers = self.format.integers
+        return None if integers is None else tuple(integer - self.low for integer in integers)
+
+    def _scale_sections(self, name: str, scales: Scales) -> Chunk:
+        sections: Chunk = {name: self._by_tile(scales.base)}
+        if scales.factors is not None:
+            sections[f"{name}_factors"] = self._by_tile(scales.factors)
+        return sections
+
+    def _by_tile(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """``[tile n, m]`` as ``[n, m, tile]``."""
+        return np.ascontiguousarray(array.reshape(-1, self.tile, array.shape[1]).transpose(0, 2, 1))
+
     def _pack(self, codes: Bytes) -> npt.NDArray[np.uint32]:
-        """Codes ``[16 n, columns]`` as planes; four codes of a row are one uint32."""
-        tiles = len(codes) // TILE
-        words = codes.view(np.uint32).reshape(tiles, TILE, self.blocks, GROUPS)
+        """Codes ``[tile n, columns]`` as planes; four codes of a row are one uint32."""
+        tiles = len(codes) // self.tile
+        words = codes.view(np.uint32).reshape(tiles, self.tile, self.blocks, GROUPS)
         words = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
         if self.planes == (8,):
             return words
-        packed = np.empty((tiles, self.blocks, self.bits, TILE), np.uint32)
+        packed = np.empty((tiles, self.blocks, self.bits, self.tile), np.uint32)
         first = low = 0
         for width in self.planes:
             plane = packed[:, :, first : first + width]
@@ -210,7 +260,7 @@ class PackedLayout(_Layout):
                 part = words[:, :, shift : shift + width]
                 if low:
                     part = part >> np.uint32(low)
-                if width < self.bits:  # bits of another plane, and of the next byte
+                if width < self.code_bits:  # bits of another plane, and of the next byte
                     part = part & mask
                 if shift:
                     plane |= part << np.uint32(shift)
@@ -229,6 +279,11 @@ class FloatLayout(_Layout):
     rows: int
     columns: int
 
+    @property
+    def name(self) -> str:
+        """Different for different ones, as part of a kernel's name."""
+        return f"{self.dtype}_{self.rows}x{self.columns}"
+
     def tile_bytes(self) -> dict[str, int]:
         """Bytes that a tile has of the section."""
         return {"values": self.columns * TILE * self._element.itemsize}
@@ -246,9 +301,11 @@ class FloatLayout(_Layout):
 Layout = PackedLayout | FloatLayout
 
 
-def layout_of(dtype: DType, rows: int, columns: int) -> Layout:
-    """How a matrix of this type and shape lies."""
-    return (PackedLayout if dtype.is_packed else FloatLayout)(dtype, rows, columns)
+def layout_of(dtype: DType, rows: int, columns: int, chosen: WeightLayout | None = None) -> Layout:
+    """How a matrix of this type and shape lies; only packed ones leave a choice."""
+    if dtype.is_packed:
+        return PackedLayout(dtype, rows, columns, chosen)
+    return FloatLayout(dtype, rows, columns)
 
 
 def tiled(rows: int) -> int:
@@ -256,36 +313,25 @@ def tiled(rows: int) -> int:
     return -(-rows // TILE) * TILE
 
 
-def in_tiles(parts: Iterable[Bytes], chunk_rows: int) -> Iterator[Bytes]:
+def in_tiles(parts: Iterable[Bytes], chunk_rows: int, tile: int = TILE) -> Iterator[Bytes]:
     """Rows as chunks of whole tiles, at most ``chunk_rows`` rows long; the last tile is padded with zeros.
 
     Args:
         parts: rows, ``uint8 [rows, row_bytes]``, all of one width.
-        chunk_rows: a multiple of 16.
+        chunk_rows: a multiple of ``tile``.
+        tile: rows of a tile.
     """
     rest: Bytes | None = None  # rows that did not fill a tile
     for rows in parts:
         if rest is not None:
-            missing = TILE - len(rest)
+            missing = tile - len(rest)
             rest, rows = np.concatenate([rest, rows[:missing]]), rows[missing:]
-            if len(rest) < TILE:
+            if len(rest) < tile:
                 continue
             yield rest
-        whole = len(rows) // TILE * TILE
+        whole = len(rows) // tile * tile
         for start in range(0, whole, chunk_rows):
             yield rows[start : min(start + chunk_rows, whole)]
         rest = rows[whole:] if whole < len(rows) else None
     if rest is not None:
-        yield np.pad(rest, ((0, -len(rest) % TILE), (0, 0)))
-
-
-def _scale_sections(name: str, scales: Scales) -> Chunk:
-    sections: Chunk = {name: _by_tile(scales.base)}
-    if scales.factors is not None:
-        sections[f"{name}_factors"] = _by_tile(scales.factors)
-    return sections
-
-
-def _by_tile(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """``[16 n, m]`` as ``[n, m, 16]``."""
-    return np.ascontiguousarray(array.reshape(-1, TILE, array.shape[1]).transpose(0, 2, 1))
+        yield np.pad(rest, ((0, -len(rest) % tile), (0, 0)))

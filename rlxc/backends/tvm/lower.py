@@ -209,7 +209,13 @@ class _Lowering:
         layout = stored.layout
         assert layout is not None
         amount: Amount = draft.amount(node.outputs[0])
-        shape: dict[str, Any] = {"rows": layout.rows, "columns": columns, "bias": bool(bias)}
+        shape: dict[str, Any] = {
+            "dtype": layout.dtype.value,
+            "layout": stored.chosen,
+            "rows": layout.rows,
+            "columns": columns,
+            "bias": bool(bias),
+        }
         if node is self.logits.product:
             out: Argument = "logits"
             shape["stride"] = layout.rows
@@ -221,12 +227,12 @@ class _Lowering:
         rounded = draft.int8_layout(node)
         if rounded is not None:
             activations = self._rows.round(x, QuantisedRow.of(rounded, draft.vectors))
-            kernel = self.tuned.make("matmul", amount, lora=lora, dtype=layout.dtype.value, **shape)
+            kernel = self.tuned.make("matmul", amount, lora=lora, **shape)
         else:
             place = draft.place(x)
             activations = place.argument
             shape["x_stride"] = place.stride
-            kernel = self.tuned.make("matmul_exact", amount, lora=lora, dtype=layout.dtype.value, **shape)
+            kernel = self.tuned.make("matmul_exact", amount, lora=lora, **shape)
         if stacks:
             stacks = (*stacks, "sequences", _STEPS[amount])
         arguments = (InWeights(stored.offset), activations, *map(draft.weight, bias), out, amount, *stacks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rlxc.artifact.alignment import align
 from rlxc.backends.recipes import Losses, ReadBytes, packed_rows
-from rlxc.backends.tvm.layout import Bytes, Layout, in_tiles, layout_of, tiled
+from rlxc.backends.tvm.layout import TILE, Bytes, Layout, PackedLayout, in_tiles, layout_of, tiled
 from rlxc.ir import Graph, Weight
 from rlxc.ir.ops import ExpertMatMul
 from rlxc.weights.formats import FORMATS
@@ -22,8 +22,11 @@ from rlxc.weights.formats import FORMATS
 _CHUNK_BYTES = 1 << 18
 """Bytes of the model file that are rearranged at a time: large enough for numpy, small enough for the cache."""
 
-_CHUNKS_AHEAD = 4
-"""How many chunks may be rearranged before they are written."""
+_WRITE_BYTES = 1 << 21
+"""Bytes that are written at a time, at least: with less, threads would spend their time on handing it over."""
+
+_WRITES_AHEAD = 3
+"""How many such pieces may wait to be written."""
 
 T = TypeVar("T")
 
@@ -45,6 +48,12 @@ class Stored:
     offset: int
     nbytes: int
     layout: Layout | None
+
+    @property
+    def chosen(self) -> tuple[int, int, int] | None:
+        """Bits, block and tile of the layout, if it was chosen."""
+        chosen = self.layout.chosen if isinstance(self.layout, PackedLayout) else None
+        return chosen and (chosen.bits, chosen.block, chosen.tile)
 
 
 @dataclass
@@ -87,19 +96,26 @@ class WeightsFile:
             losses: told what encoding weights costs.
         """
         sink.write(self._header())
+        for part in _ahead(self._parts(read, losses)):
+            if isinstance(part, str):
+                sink.align(64)
+                progress(part)
+            else:
+                sink.write(part)
+        for array in self.constants.values():
+            sink.write(np.ascontiguousarray(array))
+            sink.align(64)
+
+    def _parts(self, read: ReadBytes, losses: Losses | None) -> Iterator[npt.NDArray[np.generic] | str]:
+        """The bytes of every weight of the graph, and after them its name."""
         for weight in self.graph.weights:
             rows = packed_rows(weight, read, losses)
             if weight.name in self._biases:
                 rows = _padded_rows(rows)
             elif len(weight.type.shape) == 3:
                 rows = _padded_experts(rows, int(weight.type.shape[1]))
-            for part in _ahead(_sections(rows, self.stored[weight.name])):
-                sink.write(part)
-            sink.align(64)
-            progress(weight.name)
-        for array in self.constants.values():
-            sink.write(np.ascontiguousarray(array))
-            sink.align(64)
+            yield from _sections(rows, self.stored[weight.name])
+            yield weight.name
 
     def _place(self, name: str, layout: Layout | None, nbytes: int) -> None:
         self.stored[name] = Stored(self.nbytes, nbytes, layout)
@@ -107,7 +123,7 @@ class WeightsFile:
 
     def _header(self) -> bytes:
         """The length of the description, and the description; data starts at a multiple of 64."""
-        tensors: dict[str, Any] = {"__metadata__": {"format": "rlxc tiles of 16 rows", "version": "1"}}
+        tensors: dict[str, Any] = {"__metadata__": {"format": "rlxc tiles", "version": "1"}}
         for name, stored in self.stored.items():
             # Padding belongs to the tensor before it: the format wants no gaps.
             size = align(stored.nbytes)
@@ -122,12 +138,12 @@ class WeightsFile:
 
 
 def layout_of_weight(weight: Weight) -> Layout | None:
-    """How a matrix lies, or experts' ``[E, out, in]``, each in whole tiles; None for a vector, which stays as it is."""
+    """How a matrix lies, or experts' ``[E, out, in]``, each in whole tiles of 16; None for a vector, as it is."""
     match tuple(map(int, weight.type.shape)):
         case (rows, columns):
-            return layout_of(weight.type.dtype, rows, columns)
+            return layout_of(weight.type.dtype, rows, columns, weight.layout)
         case (experts, rows, columns):
-            return layout_of(weight.type.dtype, experts * tiled(rows), columns)
+            return layout_of(weight.type.dtype, experts * tiled(rows), columns, weight.layout)
         case _:
             return None
 
@@ -165,22 +181,26 @@ def _sections(rows: Iterator[Bytes], stored: Stored) -> Iterator[npt.NDArray[np.
         yield from rows
         return
     first, *others = layout.sections
-    later: Mapping[str, list[npt.NDArray[np.generic]]] = {name: [] for name in others}
+    rest_start = layout.sections[others[0]].offset if others else layout.nbytes
+    rest = np.zeros(layout.nbytes - rest_start, np.uint8)
     row_bytes = FORMATS[layout.dtype].row_bytes(layout.columns)
-    rows_at_once = max(16, _CHUNK_BYTES // row_bytes // 16 * 16)
-    position = 0
-    for chunk in in_tiles(rows, rows_at_once):
+    rows_at_once = max(TILE, _CHUNK_BYTES // row_bytes // TILE * TILE)
+    pieces: list[npt.NDArray[np.generic]] = []
+    tiles = 0
+    for chunk in in_tiles(rows, rows_at_once, layout.tile):
         sections = layout.encode(chunk)
-        yield sections[first]
-        position += sections[first].nbytes
         for name in others:
-            later[name].append(sections[name])
-    for name in others:
-        yield np.zeros(layout.sections[name].offset - position, np.uint8)
-        position = layout.sections[name].offset
-        for array in later[name]:
-            yield array
-            position += array.nbytes
+            start = layout.sections[name].offset - rest_start + tiles * layout.sections[name].tile_bytes
+            rest[start : start + sections[name].nbytes] = sections[name].reshape(-1).view(np.uint8)
+        tiles += len(chunk) // layout.tile
+        pieces.append(sections[first])
+        if sum(piece.nbytes for piece in pieces) >= _WRITE_BYTES:
+            yield np.concatenate(pieces)
+            pieces = []
+    if pieces:
+        yield np.concatenate(pieces)
+    yield np.zeros(rest_start - tiles * layout.sections[first].tile_bytes, np.uint8)
+    yield rest
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -188,7 +208,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
     with ThreadPoolExecutor(1, thread_name_prefix="rlxc-weights") as pool:
         coming: deque[Future[T | None]] = deque()
         while True:
-            while len(coming) < _CHUNKS_AHEAD:
+            while len(coming) < _WRITES_AHEAD:
                 coming.append(pool.submit(next, items, None))
             item = coming.popleft().result()
             if item is None:

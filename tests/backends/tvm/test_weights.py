@@ -90,7 +90,7 @@ def test_safetensors_reads_every_tensor(written: Written) -> None:
 
 def test_metadata_names_the_format(written: Written) -> None:
     with safe_open(written.path, "np") as reader:
-        assert reader.metadata() == {"format": "rlxc tiles of 16 rows", "version": "1"}
+        assert reader.metadata() == {"format": "rlxc tiles", "version": "1"}
 
 
 def test_tensors_lie_where_the_kernels_were_told(written: Written) -> None:

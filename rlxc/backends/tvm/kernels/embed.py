@@ -45,7 +45,7 @@ def embed_kernel(layout: Layout) -> Kernel:
 
         for_rows(count, row)
 
-    name = f"embed_{layout.dtype}_{layout.rows}x{layout.columns}"
+    name = f"embed_{layout.name}"
     params = (Pointer("table", "int8"), Pointer("ids", "int64"), Pointer("out", "float32"), Number("tokens"))
     return Kernel(name, params, body)
 
@@ -59,8 +59,8 @@ def _float_row(layout: FloatLayout, table: Buffer, id: Expr, out: Buffer, start:
 
 def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, start: Expr) -> None:
     format, words = layout.format, view(table, "int32")
-    tile, lane = bind(id >> 4), bind(id & 15)
-    codebook = table_of(format.codebook) if format.codebook else None
+    tile, lane = bind(id >> layout.tile.bit_length() - 1), bind(id & layout.tile - 1)
+    codebook = table_of(format.codebook) if format.codebook and not layout.holds_numbers else None
 
     def place(section: str) -> Expr:
         found = layout.sections[section]
@@ -68,9 +68,11 @@ def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, star
 
     def read(name: str, scale: Scale, sub_block: Expr) -> Expr:
         index = sub_block // (layout.scale_columns // format.sub_block)
-        value = StoredScales(table, scale.kind, scale.unit).read(place(name), index * TILE + lane, lanes=1)
+        value = StoredScales(table, scale.kind, scale.unit).read(
+            place(name), index * layout.tile + lane, lanes=1
+        )
         if layout.has_factors:
-            factor = table[place(f"{name}_factors") + sub_block * TILE + lane]
+            factor = table[place(f"{name}_factors") + sub_block * layout.tile + lane]
             value = value * Cast("float32", factor)
         return bind(value)
 
@@ -85,10 +87,10 @@ def _packed_row(layout: PackedLayout, table: Buffer, id: Expr, out: Buffer, star
                 found["scale"] = read("scale", format.scale, sub_block)
                 if format.minimum is not None:
                     found["minimum"] = read("minimum", format.minimum, sub_block)
-            word = _word(layout, words, codes + block * (layout.bits * TILE), group)
+            word = _word(layout, words, codes + block * (layout.bits * layout.tile), group)
             for i in range(4):
                 code = (word >> (8 * i)) & 0xFF
-                code = Cast("float32", code + format.code_min) if codebook is None else codebook[code]
+                code = Cast("float32", code + layout.low) if codebook is None else codebook[code]
                 value = code * found["scale"]
                 if format.has_mins:
                     value = value - found["minimum"]
@@ -100,7 +102,7 @@ def _word(layout: PackedLayout, words: Buffer, first: Expr, group: int) -> Expr:
     word: Expr = const(0, "int32")
     plane = low = 0
     for width in layout.planes:
-        part = words[first + (plane + group % width) * TILE]
+        part = words[first + (plane + group % width) * layout.tile]
         mask = ((1 << width) - 1) * 0x01010101
         part = (part >> (group // width * width)) & (mask - (mask >> 31 << 32))
         word = word | (part << low)

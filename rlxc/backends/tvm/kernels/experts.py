@@ -34,15 +34,17 @@ from rlxc.backends.tvm.kernels.matmul_exact import ExactProduct
 from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.route import Groups
 from rlxc.backends.tvm.kernels.vector import Vectors
-from rlxc.backends.tvm.layout import TILE, Layout, PackedLayout, layout_of, tiled
+from rlxc.backends.tvm.layout import Layout, PackedLayout, layout_of, tiled
 from rlxc.dtypes import DType
+from rlxc.ir import WeightLayout
 
 
 @dataclass(frozen=True)
 class Experts:
     """A weight ``[experts, rows, columns]``, and how many experts a token has.
 
-    It is stored as one matrix, in which each expert's rows are whole tiles, padded with zeros; so is a bias.
+    It is stored as one matrix, in which each expert's rows are whole tiles of 16, padded with zeros; so is a bias. The
+    ``chosen`` layout may have smaller tiles.
     """
 
     dtype: DType
@@ -50,21 +52,27 @@ class Experts:
     rows: int
     columns: int
     used: int
+    chosen: WeightLayout | None = None
 
     @property
     def tiles(self) -> int:
-        """Tiles of each expert."""
-        return tiled(self.rows) // TILE
+        """Tiles of each expert that have rows."""
+        return -(-self.rows // self.layout.tile)
+
+    @property
+    def distance(self) -> int:
+        """Tiles from one expert to the next."""
+        return tiled(self.rows) // self.layout.tile
 
     @property
     def layout(self) -> Layout:
         """How it is stored."""
-        return layout_of(self.dtype, self.experts * tiled(self.rows), self.columns)
+        return layout_of(self.dtype, self.experts * tiled(self.rows), self.columns, self.chosen)
 
     @property
     def name(self) -> str:
         """Different for different ones."""
-        return f"{self.dtype}_{self.used}_of_{self.experts}x{self.rows}x{self.columns}"
+        return f"{self.used}_of_{self.experts}_{self.rows}_{self.layout.name}"
 
 
 def expert_matmul_kernel(
@@ -168,7 +176,7 @@ def _each_tile(
         def read(index: Expr) -> Expr:
             return T.truncdiv(slot(index), weight.used) if shared else slot(index)
 
-        places = Places(read, slot, bind(Cast("int64", expert) * weight.tiles))
+        places = Places(read, slot, bind(Cast("int64", expert) * weight.distance))
         first = bind(T.truncdiv(part * weight.tiles, parts))
         with serial(T.truncdiv((part + 1) * weight.tiles, parts) - first) as index:
             multiply(places, bind(Cast("int64", first + index)), slots)

@@ -247,7 +247,9 @@ class LoraUp:
 class UpTile:
     """One tile of a product, and what sequences' adapters add to it."""
 
-    def __init__(self, vectors: Vectors, up: LoraUp, buffers: Sequence[Buffer | Expr], tile: Expr) -> None:
+    def __init__(
+        self, vectors: Vectors, up: LoraUp, buffers: Sequence[Buffer | Expr], tile: Expr, rows: int
+    ) -> None:
         """Finds the parts that the tile belongs to: two, where one of them ends in it.
 
         Args:
@@ -255,8 +257,11 @@ class UpTile:
             up: what is added.
             buffers: an argument for each of ``up.params``.
             tile: which one, an int64.
+            rows: of the product's tile, 16 or a part of it; adapters' tiles always have 16.
         """
         self._vectors, self._up = vectors, up
+        self._within = bind(tile % (TILE // rows) * rows)
+        tile = bind(tile // (TILE // rows))
         self._present, self._ups, self._starts, self._units, self._u, self._sequences, self._step = buffers
         self._any = bind(self._starts[self._sequences] > 0)
         begins = [part.first_tile for part in up.parts]
@@ -312,7 +317,7 @@ class UpTile:
         vectors, up = self._vectors, self._up
 
         def add(part: Expr, unit: Expr, depth: Expr) -> None:
-            begin = bind(self._begin(part, unit) + first)
+            begin = bind(self._begin(part, unit) + self._within + first)
             rows = [
                 bind((((start + token) * up.of + (part + up.first)) * up.units + depth) * RANKS)
                 for token in range(len(sums))

@@ -1,7 +1,7 @@
 """``y = x W^T + bias`` with a packed weight and int8 activations.
 
 The weight's codes, or the integers that they stand for in its codebook, are multiplied four at a time, as the stored
-numbers of :class:`~rlxc.backends.tvm.layout.PackedLayout`. A task takes a tile of 16 rows and multiplies it with all
+numbers of :class:`~rlxc.backends.tvm.layout.PackedLayout`. A task takes a tile of rows and multiplies it with all
 tokens, some at a time, so that every weight is read from memory once; where that makes many passes, the tile's numbers
 are unpacked before. With centre ``c``, sub-blocks ``s``, activation scale ``a``:
 
@@ -37,10 +37,10 @@ from rlxc.backends.tvm.kernels.kernel import (
     when,
 )
 from rlxc.backends.tvm.kernels.lora import LoraUp, UpTile
-from rlxc.backends.tvm.kernels.output import OutputRows
+from rlxc.backends.tvm.kernels.output import OutputRows, TileRows
 from rlxc.backends.tvm.kernels.tiles import SubBlock, TileReader, groups_of
 from rlxc.backends.tvm.kernels.vector import Vectors
-from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
+from rlxc.backends.tvm.layout import BLOCK, GROUPS, PackedLayout
 
 FEW = 8
 """Tokens up to which reading weights takes longer than multiplying them."""
@@ -77,7 +77,7 @@ def matmul_kernel(
             tile = bind(Cast("int64", index))
             added = None
             if lora is not None:
-                added = UpTile(vectors, lora, stacks, tile)
+                added = UpTile(vectors, lora, stacks, tile, layout.tile)
                 with when(count <= FEW):
                     added.prefetch()
             product.multiply(knobs, weight, tile, count, added)
@@ -85,7 +85,7 @@ def matmul_kernel(
     params: list[Pointer | Number] = [Pointer("weight", "int8"), Pointer("activations", "int8")]
     if bias:
         params.append(Pointer("bias", "float32"))
-    name = f"matmul_{layout.dtype}_{layout.rows}x{layout.columns}_{output.name}{'_bias' if bias else ''}"
+    name = f"matmul_{layout.name}_{output.name}{'_bias' if bias else ''}"
     params += [Pointer("out", "float32"), Number("tokens")]
     if lora is not None:
         name, params = f"{name}_{lora.name}", [*params, *lora.params]
@@ -214,7 +214,7 @@ class Product:
     ) -> None:
         """A tile of the weight's bytes times ``count`` tokens, with :func:`matmul_kernel`'s knobs."""
         vectors, at_once = self.vectors, knobs["tokens"]
-        for first in range(0, TILE, vectors.lanes):
+        for first in range(0, self.layout.tile, vectors.lanes):
             reader = TileReader(vectors, self.layout, weight, self.places.first_tile + tile, first)
             packed = PackedRows(reader, knobs["prefetch"])
 
@@ -244,8 +244,8 @@ class Product:
         if added is not None:
             added.add(sums, start, first)
         written = [self.places.write(start + token) for token in range(tokens)]
-        stored = self.places.first_tile + tile
-        self.output.finish(vectors, sums, self.bias, self.out, written, tile, first, stored)
+        place = TileRows(tile, first, self.places.first_tile + tile, self.layout.tile)
+        self.output.finish(vectors, sums, self.bias, self.out, written, place)
 
     def _add(self, part: Terms, sums: list[Register], rows: list[Expr]) -> None:
         """Add a sub-block to the sums; ``rows`` are where the tokens' activations begin."""

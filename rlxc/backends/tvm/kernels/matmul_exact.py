@@ -30,7 +30,7 @@ from rlxc.backends.tvm.kernels.kernel import (
 )
 from rlxc.backends.tvm.kernels.lora import LoraUp, UpTile
 from rlxc.backends.tvm.kernels.matmul import FEW, IN_ORDER, Places
-from rlxc.backends.tvm.kernels.output import OutputRows
+from rlxc.backends.tvm.kernels.output import OutputRows, TileRows
 from rlxc.backends.tvm.kernels.tiles import SubBlock, TileReader
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, FloatLayout, Layout, PackedLayout
@@ -71,7 +71,7 @@ def exact_matmul_kernel(
             tile = bind(Cast("int64", index))
             added = None
             if lora is not None:
-                added = UpTile(vectors, lora, stacks, tile)
+                added = UpTile(vectors, lora, stacks, tile, layout.tile)
                 with when(count <= FEW):
                     added.prefetch()
             for_tokens(
@@ -83,10 +83,7 @@ def exact_matmul_kernel(
     params: list[Pointer | Number] = [Pointer("weight", "int8"), Pointer("x", "float32")]
     if bias:
         params.append(Pointer("bias", "float32"))
-    name = (
-        f"matmul_exact_{layout.dtype}_{layout.rows}x{layout.columns}_{stride}_{output.name}"
-        f"{'_bias' if bias else ''}"
-    )
+    name = f"matmul_exact_{layout.name}_{stride}_{output.name}{'_bias' if bias else ''}"
     params += [Pointer("out", "float32"), Number("tokens")]
     if lora is not None:
         name, params = f"{name}_{lora.name}", [*params, *lora.params]
@@ -114,7 +111,7 @@ class ExactProduct:
         rows = [bind(self.places.read(start + token) * self.stride) for token in range(tokens)]
         written = [self.places.write(start + token) for token in range(tokens)]
         stored = self.places.first_tile + tile
-        for first in range(0, TILE, vectors.lanes):
+        for first in range(0, self.layout.tile, vectors.lanes):
             sums = [Register(vectors.lanes, vectors.splat(0.0)) for _ in range(tokens)]
             if isinstance(self.layout, PackedLayout):
                 self._packed(TileReader(vectors, self.layout, self.weight, stored, first), sums, rows)
@@ -122,7 +119,8 @@ class ExactProduct:
                 self._float(self.layout, stored, first, sums, rows)
             if added is not None:
                 added.add(sums, start, first)
-            self.output.finish(vectors, sums, self.bias, self.out, written, tile, first, stored)
+            place = TileRows(tile, first, stored, self.layout.tile)
+            self.output.finish(vectors, sums, self.bias, self.out, written, place)
 
     def _float(
         self, layout: FloatLayout, tile: Expr, first: int, sums: list[Register], rows: list[Expr]

@@ -9,10 +9,10 @@ from rlxc.backends.tvm.kernels.codebook import ByteTable
 from rlxc.backends.tvm.kernels.kernel import Buffer, Expr, bind, prefetch, serial
 from rlxc.backends.tvm.kernels.scales import StoredScales
 from rlxc.backends.tvm.kernels.vector import Vectors
-from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, PackedLayout
+from rlxc.backends.tvm.layout import BLOCK, GROUPS, PackedLayout
 from rlxc.weights.fields import Scale
 
-_GROUP_BYTES = 4 * TILE
+_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class TileReader:
         self.vectors, self.layout, self._first, self._tile = vectors, layout, first, tile
         self._bytes = weight
         self._table = ByteTable(vectors, layout.table) if layout.table else None
+        self._group_bytes = 4 * layout.tile
 
     def walk(self, ahead: int, visit: Callable[[SubBlock], None], *, flush: bool = False) -> None:
         """Visit all sub-blocks in order.
@@ -85,8 +86,9 @@ class TileReader:
 
     def numbers(self, part: SubBlock, group: int) -> Expr:
         """The stored numbers of one of a sub-block's groups: ``uint8 [rows, 4]``."""
-        if part.ahead and group < self.layout.bits:
-            self._prefetch(part, group)
+        line = group * self._group_bytes
+        if part.ahead and group < self.layout.bits and line % _LINE == 0:
+            self._prefetch(part, line)
         codes = self.codes(part.block, group)
         return codes if self._table is None else self._table[codes]
 
@@ -112,8 +114,8 @@ class TileReader:
 
     def _prefetch(self, part: SubBlock, line: int) -> None:
         """Ask for one of the lines of codes to come, as many as a block has; several at once would be too many."""
-        block = self._start("codes") + part.block * (self.layout.bits * _GROUP_BYTES)
-        prefetch(self._bytes, block + part.ahead + line * _GROUP_BYTES)
+        block = self._start("codes") + part.block * (self.layout.bits * self._group_bytes)
+        prefetch(self._bytes, block + part.ahead + line)
 
     def _scales(self, index: Expr, flush: bool) -> tuple[Expr, Expr | None]:
         """The ``index``-th scale and minimum of the rows, as stored."""
@@ -123,16 +125,18 @@ class TileReader:
 
     def _plane(self, block: Expr, index: int) -> Expr:
         start = self._start("codes") + 4 * self._first
-        return self.vectors.load_bytes(self._bytes, start + (block * self.layout.bits + index) * _GROUP_BYTES)
+        return self.vectors.load_bytes(
+            self._bytes, start + (block * self.layout.bits + index) * self._group_bytes
+        )
 
     def _float(self, section: str, scale: Scale | None, index: Expr, flush: bool) -> Expr:
         assert scale is not None
         stored = StoredScales(self._bytes, scale.kind, scale.unit, flush=flush)
-        return stored.read(self._start(section), self._first + index * TILE, self.vectors.lanes)
+        return stored.read(self._start(section), self._first + index * self.layout.tile, self.vectors.lanes)
 
     def _factor(self, section: str, index: Expr) -> Expr:
         start = self._start(section) + self._first
-        return self.vectors.floats(self.vectors.load(self._bytes, start + index * TILE))
+        return self.vectors.floats(self.vectors.load(self._bytes, start + index * self.layout.tile))
 
     def _start(self, section: str) -> Expr:
         found = self.layout.sections[section]
