@@ -1,6 +1,9 @@
 """How fast the matrix-vector kernel of the tvm backend reads each weight format, beside what the memory gives.
 
-    python examples/format_speed.py [iq4_nl mxfp4 ...] [--megabytes 128] [--threads 2] [--target native]
+    python examples/format_speed.py [iq4_nl mxfp4 ...] [--megabytes 128] [--threads 2] [--target native] [--layouts]
+
+With ``--layouts``, every layout that the target can run is measured, with one token and with a prompt's 256, beside
+what the cost model says of it (with these threads and this bandwidth), and the one that it chooses has a star.
 
 The streaming read goes over the very bytes that the kernel reads, in turns with it, so that a machine that slows down
 slows both; the best of all rounds counts. Formats of few bits have more arithmetic in a byte than memory brings: for
@@ -12,7 +15,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -35,10 +39,14 @@ from rlxc.backends.tvm.kernels.kernel import (
 )
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import PackedLayout
+from rlxc.backends.tvm.layout_costs import machine
 from rlxc.backends.tvm.problem import call_data, measured_module
 from rlxc.backends.tvm.targets import CpuTarget, find_target
 from rlxc.dtypes import DType
 from rlxc.errors import OptionError, RlxcError
+from rlxc.ir import WeightLayout, parse
+from rlxc.ir.target import TargetFeatures
+from rlxc.passes import ChooseWeightLayout
 from rlxc.weights.formats import FORMATS
 
 Array = npt.NDArray[Any]
@@ -51,6 +59,7 @@ SCALES: dict[str, np.generic] = {
 }
 
 COLUMNS = 4096
+PROMPT_ROWS, PROMPT_TOKENS = 512, 256
 TASKS, CHAINS, AHEAD = 256, 8, 512
 RESULTS = np.zeros(TASKS * 16, np.int32)
 """What a streaming read leaves: a vector for each task, so that nothing can be left out."""
@@ -67,6 +76,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--target", default="native")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--layouts", action="store_true", help="measure all layouts of each format")
     args = parser.parse_args()
     tvm.get_global_func("runtime.config_threadpool")(1, args.threads)
     try:
@@ -75,9 +85,16 @@ def main() -> None:
             raise OptionError(
                 f"no packed format is called {min(unknown)!r}", remedy=f"one of {', '.join(packed)}"
             )
+        names, options = args.formats or packed, (args.target, args.megabytes << 20, args.rounds)
+        if args.layouts:
+            print("                 in artifact     GB/s  weights, 1e9/s   model    prompts, GOP/s   model")
+            for name in names:
+                for line in measure_layouts(DType(name), *options, args.threads):
+                    print(line, flush=True)
+            return
         print("format    bits in file  in artifact     GB/s  of streaming  weights, 1e9/s")
-        for name in args.formats or packed:
-            print(measure(DType(name), args.target, args.megabytes << 20, args.rounds), flush=True)
+        for name in names:
+            print(measure(DType(name), *options), flush=True)
     except RlxcError as error:
         raise SystemExit(f"error: {error}") from None
 
@@ -85,28 +102,8 @@ def main() -> None:
 def measure(dtype: DType, target_name: str, size: int, rounds: int) -> str:
     """One format's line."""
     target = find_target(target_name)
-    row_bytes = PackedLayout(dtype, 16, COLUMNS).nbytes // 16
-    layout = PackedLayout(dtype, size // row_bytes // 16 * 16, COLUMNS)
-    shape: dict[str, Any] = {
-        "dtype": dtype.value,
-        "rows": layout.rows,
-        "columns": COLUMNS,
-        "stride": layout.rows,
-    }
-    if layout.has_integers:
-        problem = matmul(target, **shape, bias=False, tokens=1)
-    else:
-        problem = matmul_exact(target, **shape, x_stride=COLUMNS, bias=False, tokens=1)
-    weight = random_weight(layout)
-    numbers = np.random.default_rng(0).standard_normal
-    arrays = []
-    for data in call_data(problem):
-        if data.values is not None:
-            arrays.append(np.full(data.elements, data.values, data.dtype))
-        else:
-            arrays.append(numbers(data.elements).astype(data.dtype))
-    arrays[1] = weight.view(arrays[1].dtype)
-    call = compiled(measured_module(problem, problem.space[0]), target, arrays)
+    layout = large_layout(dtype, size)
+    call, weight = product_with(target, layout, 1)
     stream = compiled(streaming_read(target, weight.nbytes), target, [weight.view(np.int32), RESULTS.copy()])
     product, streaming = [], []
     for _ in range(rounds):
@@ -118,6 +115,70 @@ def measure(dtype: DType, target_name: str, size: int, rounds: int) -> str:
         f"{dtype.value:8}  {FORMATS[dtype].bits_per_weight:12.3f}  {layout.bits_per_weight:11.3f}  "
         f"{speed:7.1f}  {speed / most:12.2f}  {count / min(product) / 1e9:14.1f}"
     )
+
+
+def measure_layouts(dtype: DType, target_name: str, size: int, rounds: int, threads: int) -> Iterator[str]:
+    """A line for each layout of a format."""
+    target = find_target(target_name)
+    typical = machine(target, int8=True)
+    whole = np.zeros(size // 64 * 64, np.int8)
+    stream = compiled(streaming_read(target, whole.nbytes), target, [whole.view(np.int32), RESULTS.copy()])
+    here = replace(
+        typical, threads=threads, bandwidth=whole.nbytes / min(seconds(stream) for _ in range(rounds)) / 1e9
+    )
+    assumed = f"{typical.bandwidth} by {typical.threads} assumed"
+    yield f"{dtype.value}: {here.bandwidth:.1f} GB/s by {threads} threads; {assumed}"
+    product = parse(
+        f"graph product\ninput %x: f32[batch, seq, {COLUMNS}]\nweight @w: {dtype.value}[4096, {COLUMNS}]\n"
+        "%y = DequantMatMul(%x, @w)\noutput %y"
+    )
+    chosen = ChooseWeightLayout(TargetFeatures(machines=(typical,))).run(product).graph.weight["w"].layout
+    for cost in here.layouts[dtype]:
+        layout = large_layout(dtype, size, cost.layout)
+        call, _ = product_with(target, layout, 1)
+        one = layout.rows * COLUMNS / min(seconds(call) for _ in range(rounds)) / 1e9
+        few = PackedLayout(dtype, PROMPT_ROWS, COLUMNS, cost.layout)
+        call, _ = product_with(target, few, PROMPT_TOKENS)
+        operations = 2 * few.rows * COLUMNS * PROMPT_TOKENS
+        many = operations / min(seconds(call) for _ in range(max(2, rounds // 5))) / 1e9
+        reading = here.bandwidth * cost.bandwidth * 8 / cost.bits
+        star = "*" if cost.layout == chosen else " "
+        yield (
+            f"{star} {layout.bits} bits, tiles of {layout.tile:2}  {layout.bits_per_weight:6.3f}  "
+            f"{one * layout.bits_per_weight / 8:7.1f}  {one:14.1f}  {min(reading, 1000 * threads / cost.decode):6.1f}"
+            f"  {many:16.0f}  {2000 * threads / cost.prompt:6.0f}"
+        )
+
+
+def large_layout(dtype: DType, size: int, chosen: WeightLayout | None = None) -> PackedLayout:
+    """The layout of a matrix of about so many bytes."""
+    row_bytes = PackedLayout(dtype, 16, COLUMNS, chosen).nbytes // 16
+    return PackedLayout(dtype, size // row_bytes // 16 * 16, COLUMNS, chosen)
+
+
+def product_with(target: CpuTarget, layout: PackedLayout, tokens: int) -> tuple[Callable[[], None], Array]:
+    """A call of a product with a random weight, and the weight."""
+    shape: dict[str, Any] = {
+        "dtype": layout.dtype.value,
+        "layout": layout.chosen and astuple(layout.chosen),
+        "rows": layout.rows,
+        "columns": COLUMNS,
+        "stride": layout.rows,
+    }
+    if layout.has_integers:
+        problem = matmul(target, **shape, bias=False, tokens=tokens)
+    else:
+        problem = matmul_exact(target, **shape, x_stride=COLUMNS, bias=False, tokens=tokens)
+    weight = random_weight(layout)
+    numbers = np.random.default_rng(0).standard_normal
+    arrays = []
+    for data in call_data(problem):
+        if data.values is not None:
+            arrays.append(np.full(data.elements, data.values, data.dtype))
+        else:
+            arrays.append(numbers(data.elements).astype(data.dtype))
+    arrays[1] = weight.view(arrays[1].dtype)
+    return compiled(measured_module(problem, problem.space[0]), target, arrays), weight
 
 
 def random_weight(layout: PackedLayout) -> Array:

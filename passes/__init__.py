@@ -5,12 +5,14 @@ if __name__ != "rlxc.passes":
 
 from rlxc.passes.base import NoMatch, Pass, PassResult
 from rlxc.passes.choose_lora_strategy import ChooseLoraStrategy, LoraMode
+from rlxc.passes.choose_weight_layout import ChooseWeightLayout
 from rlxc.passes.fold_lora import Change, Delta, Replacement
 from rlxc.passes.pipeline import PassReport, PipelineResult, WeightChanges, default_passes, run_passes
 
 __all__ = [
     "Change",
     "ChooseLoraStrategy",
+    "ChooseWeightLayout",
     "Delta",
     "LoraMode",
     "NoMatch",

@@ -24,12 +24,16 @@ class NoMatch:
 
 @dataclass(frozen=True)
 class PassResult:
-    """A pass's outcome. ``facts`` are plain data (what JSON holds) for the artifact's manifest."""
+    """A pass's outcome. ``facts`` are plain data (what JSON holds) for the artifact's manifest.
+
+    ``missed`` says what nearly applied, and ``notes`` why the pass chose what it chose: lines for a trace.
+    """
 
     graph: Graph
     modified: bool
     facts: Mapping[str, Any] = field(default_factory=dict)
     missed: tuple[NoMatch, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Pass(ABC):

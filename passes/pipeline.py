@@ -12,6 +12,7 @@ from rlxc.ir import Graph, verify
 from rlxc.ir.target import TargetFeatures
 from rlxc.passes.balance_keys import BalanceKeys
 from rlxc.passes.base import NoMatch, Pass
+from rlxc.passes.choose_weight_layout import ChooseWeightLayout
 from rlxc.passes.fold_constants import FoldConstants
 from rlxc.passes.fold_lora import Change, FoldLora
 from rlxc.passes.fuse_gated_mlp import FuseGatedMlp
@@ -71,22 +72,25 @@ def default_passes(
         cache,
         FuseRopeAttention(features),  # needs the scheduled caches
         RemoveDead(),  # what the passes above left without users
+        ChooseWeightLayout(features),  # of the matrices that there are in the end, by what reads them
     ]
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did: whether it changed the graph, node counts, and the rewrites that nearly applied."""
+    """What one pass did: whether it changed the graph, node counts, what nearly applied, and its notes."""
 
     name: str
     modified: bool
     nodes_before: int
     nodes_after: int
     missed: tuple[NoMatch, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         change = f"{self.nodes_before} -> {self.nodes_after} nodes" if self.modified else "nothing to do"
-        return "\n".join([f"{self.name}: {change}", *(f"  not {miss}" for miss in self.missed)])
+        missed = (f"  not {miss}" for miss in self.missed)
+        return "\n".join([f"{self.name}: {change}", *missed, *(f"  {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,12 @@ def run_passes(
         verify(result.graph, after=one.name)
         facts |= result.facts
         report = PassReport(
-            one.name, result.modified, len(graph.nodes), len(result.graph.nodes), result.missed
+            one.name,
+            result.modified,
+            len(graph.nodes),
+            len(result.graph.nodes),
+            result.missed,
+            result.notes,
         )
         reports.append(report)
         if trace is not None:

@@ -120,7 +120,8 @@ def _of_backend(
     try:
         engine = get_backend(name)
         if model is not None:
-            result = lower_graph(model, engine.features, LoweringOptions(context))
+            features = engine.features_for(options.target, options.activations)
+            result = lower_graph(model, features, LoweringOptions(context))
             caches = kv_plan(result)
             engine.check(result.graph, file.data, BuildOptions(options.activations, options.target, caches))
             lowered = Lowered(model, result.graph, caches, engine)

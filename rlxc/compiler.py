@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -114,15 +115,18 @@ def compile(
     cache_dtype = _cache_dtype(kv_cache, engine)
     if rollback < 0:
         raise OptionError(f"rollback {rollback} is less than 0", remedy="give a number of tokens")
-    with open_model(model) as file:
+    with ThreadPoolExecutor(1, thread_name_prefix="rlxc-fingerprint") as hasher, open_model(model) as file:
         config, registry, graph, context = read_model(file, context)
         adapted = adapt(wishes, graph, config, registry, trace)
         wanted = LoweringOptions(context, adapted.changes, cache_dtype, rollback)
-        result = lower_graph(graph, engine.features, wanted, trace=trace)
+        features = engine.features_for(target, activations)
+        result = lower_graph(graph, features, wanted, trace=trace)
         caches = kv_plan(result)
-        plan = _lora_plan(result, engine.features, activations, lora_rank)
+        plan = _lora_plan(result, features, activations, lora_rank)
         tokenizer = _tokenizer(file, config)
         with ArtifactWriter(output, overwrite=overwrite) as writer:
+            # Reading a large file once more takes seconds, so it is done beside the rest; closing the file ends it.
+            fingerprint = hasher.submit(file.fingerprint)
             total = len(result.graph.weights)
             done = 0
 
@@ -136,9 +140,11 @@ def compile(
             libraries = engine.build(result.graph, adapted.read(file.data), writer, options, wrote, losses)
             _write_companions(writer, tokenizer, adapted, losses)
             tell("digests", 0, 1)
+            facts = _model_facts(file, result.graph, config, fingerprint.result())
+            file.check_unchanged()
             manifest = Manifest(
                 rlxc=__version__,
-                model=_model_facts(file, result.graph, config),
+                model=facts,
                 target=TargetFacts(engine.name, engine.runs_on, libraries),
                 options=Options(activations, context),
                 kv_cache=caches,
@@ -200,7 +206,8 @@ def lower(
             for name, decision in adapted.decisions.items()
         ]
         options = LoweringOptions(context, adapted.changes, cache_dtype)
-        result = lower_graph(graph, engine.features, options, after=after, trace=trace)
+        features = engine.features_for("native", "int8")
+        result = lower_graph(graph, features, options, after=after, trace=trace)
         return "".join(decisions) + show(result.graph)
 
 
@@ -218,7 +225,8 @@ def tuning_problems(model: str | os.PathLike[str], *, target: CpuTarget) -> list
         return read_problems(artifact.file(TUNING).read_bytes(), target, artifact.path)
     with open_model(model) as file:
         _, _, graph, context = read_model(file)
-        result = lower_graph(graph, TvmBackend.features, LoweringOptions(context))
+        features = TvmBackend().features_for(target.name, "int8")
+        result = lower_graph(graph, features, LoweringOptions(context))
         options = BuildOptions("int8", target.name, kv_plan(result))
         return tuning_problems(result.graph, target, file.data, options)
 
@@ -273,12 +281,12 @@ def _write(writer: ArtifactWriter, name: str, content: bytes) -> None:
         sink.write(content)
 
 
-def _model_facts(file: ModelFile, graph: Graph, config: Config) -> ModelFacts:
+def _model_facts(file: ModelFile, graph: Graph, config: Config, fingerprint: str) -> ModelFacts:
     routes = [node.op.used for node in graph.nodes if isinstance(node.op, Route)]
     return ModelFacts(
         architecture=graph.name,
         name=text(file.metadata, "general.name"),
-        fingerprint=file.fingerprint(),
+        fingerprint=fingerprint,
         layers=config.layers,
         heads=config.heads,
         kv_heads=config.kv_heads,

@@ -15,6 +15,7 @@ from rlxc.ir import Graph, Node, Source, TensorType, Value, Weight
 from rlxc.ir.ops import DequantMatMul, MatMul
 from rlxc.models import ARCHITECTURES
 from rlxc.models.abilities import abilities
+from rlxc.passes import ChooseWeightLayout
 from rlxc.vocab.build import KINDS
 from rlxc.vocab.pretokenizers import PRE_TOKENIZERS
 from rlxc.weights.formats import FORMATS, GGML_FORMATS
@@ -22,6 +23,9 @@ from rlxc.weights.hf_families import FAMILIES
 
 CELLS = tuple(product(ARCHITECTURES, (row.dtype for row in GGML_FORMATS.values())))
 """Every architecture with every format of GGUF: ``tests/models/test_every_format.py`` tests each of these."""
+
+_TARGETS = {"tvm": "x86-64-v4-vnni"}
+"""What layouts are chosen for, so that the table is the same everywhere."""
 
 _SHAPE = (1024, 1024)
 """Of the matrix whose bytes are asked for: whole blocks and whole tiles of every format."""
@@ -130,7 +134,9 @@ def _stored(dtype: DType, engine: Backend) -> StoredFormat:
     weight = Weight("w", TensorType(dtype, _SHAPE), Source("w"))
     x = Value("x", TensorType(DType.F32, ("batch", "seq", _SHAPE[1])))
     node = Node(DequantMatMul() if dtype.is_packed else MatMul(), ("x", "w"), ("y",))
-    stored = engine.storage(Graph("product", (x,), ("y",), (node,), (weight,)), "int8")["w"]
+    graph = Graph("product", (x,), ("y",), (node,), (weight,))
+    features = engine.features_for(_TARGETS.get(engine.name, "native"), "int8")
+    stored = engine.storage(ChooseWeightLayout(features).run(graph).graph, "int8")["w"]
     return StoredFormat(8 * stored.nbytes / prod(_SHAPE), stored.route)
 
 

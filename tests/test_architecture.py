@@ -69,6 +69,7 @@ EXPORTS = {
         "TensorType",
         "Value",
         "Weight",
+        "WeightLayout",
         "Yarn",
         "parse",
         "show",
@@ -77,6 +78,7 @@ EXPORTS = {
     "rlxc.passes": [
         "Change",
         "ChooseLoraStrategy",
+        "ChooseWeightLayout",
         "Delta",
         "LoraMode",
         "NoMatch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -221,6 +222,18 @@ def test_progress_never_goes_back(tiny_gguf: Path, tmp_path: Path) -> None:
     for stage in stages:
         done, totals = [c[1] for c in calls if c[0] == stage], {c[2] for c in calls if c[0] == stage}
         assert totals == {done[-1]}
+
+
+def test_a_model_that_changes_while_it_is_compiled_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(tiny_gguf.read_bytes())
+
+    def touch(stage: str, done: int, total: int) -> None:
+        os.utime(model, ns=(1, 1))
+
+    with pytest.raises(FormatError, match="has changed since it was opened"):
+        rlxc.compile(model, tmp_path / "out.rlx", progress=touch, **QUICK)
+    assert not (tmp_path / "out.rlx").exists()
 
 
 def test_trace_tells_of_every_pass(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class BuildOptions:
 class StoredAs:
     """How a weight lies in an artifact: the bytes it takes there, and in words what reads it.
 
-    Such as ``int8, 4+2 bits``: multiplied with activations in int8, its codes in planes of 4 and 2 bits.
+    Such as ``int8, 4+2 bits, tiles of 16``: multiplied with activations in int8, its codes in planes of 4 and 2 bits,
+    16 rows interleaved.
     """
 
     nbytes: int
@@ -64,6 +65,13 @@ class Backend(Protocol):
     runs_on: str
     """What must be there to run the artifact; its engine checks this."""
     features: TargetFeatures
+
+    def features_for(self, target: str, activations: str) -> TargetFeatures:
+        """The features, with the machines that these CPUs stand for and the layouts of weights that they can run.
+
+        Raises:
+            OptionError: there is no such target.
+        """
 
     def build(
         self,

@@ -148,6 +148,8 @@ def _best_so_far() -> Iterator[Callable[[Trial], None]]:
 
 
 def _line(result: Result) -> str:
+    if not result.measured:
+        return f"{result.problem.name}: not measured yet"
     if result.best_seconds is None or result.best is None:
         return f"{result.problem.name}: none of {result.measured} candidates works"
     knobs = ", ".join(f"{name} {value}" for name, value in result.best.items())

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rlxc.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -49,10 +51,17 @@ class RopeSpec:
         return np.cos(angle) * self.magnitude, np.sin(angle) * self.magnitude
 
     def frequencies(self, factors: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float64]:
-        """Radians per position of each pair, ``[dim/2]``; ``factors`` ``[dim/2]`` divide them one by one."""
+        """Radians per position of each pair, ``[dim/2]``; ``factors`` ``[dim/2]`` divide them one by one.
+
+        Raises:
+            ModelError: a factor is not a positive finite number.
+        """
         frequencies: npt.NDArray[np.float64]
         frequencies = self.theta ** (-np.arange(0, self.dim, 2, dtype=np.float64) / self.dim)
         if factors is not None:
+            wrong = factors[~((factors > 0) & np.isfinite(factors))]
+            if len(wrong):
+                raise ModelError(f"a factor of the rope's frequencies is {wrong[0]}, not a positive number")
             frequencies = frequencies / factors.astype(np.float64)
         if self.yarn is None:
             return frequencies / self.factor

@@ -55,27 +55,35 @@ class Bits:
         starts = np.arange(self.nbytes // self.run) * (self.stride or self.run)
         return self.offset + np.add.outer(starts, np.arange(self.run)).reshape(-1)
 
-    def read(self, blocks: Bytes) -> Unsigned:
-        """The field's integers, ``[blocks, count]``, from ``[blocks, block_bytes]``; uint8 if they fit."""
+    def read(self, blocks: Bytes, up: int = 0) -> Unsigned:
+        """The field's integers, ``[blocks, count]``, from ``[blocks, block_bytes]``; uint8 if they fit.
+
+        They are ``up`` bits to the left of where they would be: above those of another field.
+        """
         raw = self._raw(blocks)
         if self.width == 8:
             return raw
+        if self.run == 1 and len(self.shifts) > 2:
+            return _integers_of_bytes(self.width, self.shifts, up)[raw].view(np.uint8)
         # Whole words at once: bits that a shift brings in from the neighbouring byte are masked away.
-        sizes = (8, 4, 1) if self.word == 1 else (self.word,)
+        sizes = (8, 4, 2, 1) if self.word == 1 else (self.word,)
         size = next(size for size in sizes if self.run % size == 0)
         words: Unsigned = raw.view(f"<u{size}").reshape(
             len(blocks), self.nbytes // self.run, self.run // size
         )
         kind = words.dtype.type
-        mask = kind((1 << self.width) - 1)
+        mask = ((1 << self.width) - 1) << up
         if self.word == 1:
-            mask = kind(int.from_bytes(bytes([int(mask)]) * size, "little"))
+            mask = int.from_bytes(bytes([mask]) * size, "little")
         out = np.empty((*words.shape[:2], len(self.shifts), words.shape[2]), words.dtype)
+        runs = _as_items(out)
         for s, shift in enumerate(self.shifts):
-            out[:, :, s] = words >> kind(shift) & mask
+            part = words >> kind(shift - up) if shift >= up else words << kind(up - shift)
+            part &= kind(mask)
+            runs[:, :, s] = _as_items(part)
         integers: Unsigned = out.view(np.uint8)
         if self.word > 1:
-            integers = out.astype(np.uint8 if self.width <= 8 else np.uint16)
+            integers = out.astype(np.uint8 if self.width + up <= 8 else np.uint16)
         return integers.reshape(len(blocks), self.count)
 
     def write(self, integers: Unsigned, blocks: Bytes) -> None:
@@ -91,7 +99,24 @@ class Bits:
         """The field's bytes, ``[blocks, nbytes]``, in fresh memory."""
         if self.stride:
             return np.take(blocks, self.columns, axis=1)
-        return blocks[:, self.offset : self.offset + self.nbytes].copy()
+        field = _as_items(blocks[:, self.offset : self.offset + self.nbytes]).copy()
+        return field.view(np.uint8).reshape(len(blocks), self.nbytes)
+
+
+@cache
+def _integers_of_bytes(width: int, shifts: tuple[int, ...], up: int) -> Unsigned:
+    """For each byte, its integers at these shifts, ``up`` bits to the left, as the bytes of one word."""
+    byte = np.arange(256, dtype=np.uint8)[:, None]
+    integers = (byte >> np.array(shifts, np.uint8) & np.uint8((1 << width) - 1)) << np.uint8(up)
+    table: Unsigned = integers.view(f"<u{len(shifts)}")[:, 0]
+    table.flags.writeable = False
+    return table
+
+
+def _as_items(array: Unsigned) -> npt.NDArray[np.void]:
+    """The last dimension as single items, which numpy copies faster than it does several small ones."""
+    items: npt.NDArray[np.void] = array.view(f"V{array.shape[-1] * array.itemsize}")[..., 0]
+    return items
 
 
 class CodeReader(Protocol):
@@ -111,6 +136,9 @@ class CodeReader(Protocol):
 
     def read(self, blocks: Bytes) -> Codes:
         """The codes, int8 ``[blocks, count]``."""
+
+    def read_above_low(self, blocks: Bytes) -> Bytes:
+        """The codes less `low`, ``[blocks, count]``."""
 
     def write(self, codes: Codes, blocks: Bytes) -> None:
         """Sets the bits of the codes, all zeros so far."""
@@ -148,13 +176,25 @@ class Integers:
 
     def read(self, blocks: Bytes) -> Codes:
         """The integers, ``[blocks, count]``, from ``[blocks, block_bytes]``."""
-        parts = [stacked(fields, blocks) for fields in self.parts]
-        out = (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)).view(np.int8)
+        out = self._stored(blocks).view(np.int8)
         if self.step != 1:
             out *= np.int8(self.step)
         if self.bias:
             out += np.int8(self.bias)
         return out
+
+    def read_above_low(self, blocks: Bytes) -> Bytes:
+        """The integers less `low`, ``[blocks, count]``, from ``[blocks, block_bytes]``."""
+        out = self._stored(blocks)
+        if self.step != 1:
+            out *= np.uint8(self.step)
+        if self._width == 8:
+            out ^= np.uint8(0x80)
+        return out
+
+    def _stored(self, blocks: Bytes) -> Bytes:
+        parts = [stacked(fields, blocks) for fields in self.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def write(self, codes: Codes, blocks: Bytes) -> None:
         """Sets the fields, all zeros so far, to ``[blocks, count]``."""
@@ -170,10 +210,14 @@ def stacked(fields: tuple[Bits, ...], blocks: Bytes) -> Unsigned:
     """The integers of fields that lie in several places, from the lowest bits up; uint16 above 8 bits."""
     out = fields[0].read(blocks)
     width = fields[0].width
-    if sum(field.width for field in fields) > 8:
+    wide = sum(field.width for field in fields) > 8
+    if wide:
         out = out.astype(np.uint16)
     for field in fields[1:]:
-        out |= field.read(blocks).astype(out.dtype, copy=False) << out.dtype.type(width)
+        if wide:
+            out |= field.read(blocks).astype(np.uint16) << np.uint16(width)
+        else:
+            out |= field.read(blocks, width)
         width += field.width
     return out
 
@@ -206,14 +250,20 @@ class Trits:
 
     def read(self, blocks: Bytes) -> Codes:
         """The codes, ``[blocks, count]``, from ``[blocks, block_bytes]``."""
-        out = np.empty((len(blocks), self.count), np.int8)
+        codes = self.read_above_low(blocks).view(np.int8)
+        codes += np.int8(self.low)
+        return codes
+
+    def read_above_low(self, blocks: Bytes) -> Bytes:
+        """The digits 0 to 2, ``[blocks, count]``, from ``[blocks, block_bytes]``."""
+        out = np.empty((len(blocks), self.count), np.uint8)
         start = 0
         for offset, nbytes, digits in self.parts:
             rest = blocks[:, offset : offset + nbytes].copy()
             for _ in range(digits):
                 # The byte is a fraction of 256: times 3, its digit is what comes before the point.
                 tripled = rest.astype(np.uint16) * np.uint16(3)
-                out[:, start : start + nbytes] = (tripled >> np.uint16(8)).astype(np.int8) - np.int8(1)
+                out[:, start : start + nbytes] = tripled >> np.uint16(8)
                 rest = tripled.astype(np.uint8)
                 start += nbytes
         return out

@@ -12,7 +12,7 @@ from os import fstat, stat_result
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlxc.errors import FormatError
+from rlxc.errors import FormatError, WeightError
 from rlxc.weights.gguf_header import DAMAGED, quote
 
 _CHUNK = 1 << 20
@@ -40,23 +40,39 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._closed = False
         with _reading(path) as file:
             self._identity = _identity(fstat(file.fileno()))
             self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def hash_into(self, digest: Digest) -> None:
-        """Feed the file's bytes to a hash.
+        """Feed the file's bytes to a hash, until another thread closes the file.
 
         Raises:
             FormatError: the file is gone or has changed since it was opened.
+            WeightError: the file is closed.
         """
         # Read, not mapped: hashing would fault in every page, which takes longer than the hash itself.
         buffer = memoryview(bytearray(_CHUNK))
         with _reading(self.path) as file:
-            if _identity(fstat(file.fileno())) != self._identity:
-                raise FormatError("has changed since it was opened", source=self.path, remedy="open it again")
+            self._check_identity(file)
             while count := file.readinto(buffer):
+                if self._closed:
+                    raise WeightError("the file is closed", source=self.path, remedy="open it again")
                 digest.update(buffer[:count])
+
+    def check_unchanged(self) -> None:
+        """Raise what `hash_into` would raise for a file that is gone or has changed."""
+        with _reading(self.path) as file:
+            self._check_identity(file)
+
+    def close(self) -> None:
+        """End what another thread does with the file; the mapping ends with its last view."""
+        self._closed = True
+
+    def _check_identity(self, file: FileIO) -> None:
+        if _identity(fstat(file.fileno())) != self._identity:
+            raise FormatError("has changed since it was opened", source=self.path, remedy="open it again")
 
 
 def read_bytes(path: Path) -> bytes:

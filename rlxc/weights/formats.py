@@ -136,15 +136,27 @@ class BlockFormat:
         Raises:
             WeightError: the bytes are not whole blocks, or this is a float format, which has no codes.
         """
-        if self.codes is None or self.scale is None:
-            raise WeightError(f"{self.dtype} weights have no codes", remedy="decode them instead")
-        blocks = self._blocks(data)
+        codes = self._packed()[0].read(self._blocks(data))
+        return Fields(codes.reshape(self._shape(data)), *self.scales(data))
+
+    def codes_above_min(self, data: Bytes) -> Bytes:
+        """The codes of packed rows less `code_min`, uint8 ``[rows, in_features]``, in fresh memory.
+
+        Raises:
+            WeightError: as :meth:`fields`.
+        """
+        return self._packed()[0].read_above_low(self._blocks(data)).reshape(self._shape(data))
+
+    def scales(self, data: Bytes) -> tuple[Scales, Scales | None]:
+        """The scales of packed rows, and the minimums if there are any, in fresh memory.
+
+        Raises:
+            WeightError: as :meth:`fields`.
+        """
+        scale, blocks = self._packed()[1], self._blocks(data)
         shape = (len(data), data.shape[1] // self.block_bytes)
-        return Fields(
-            codes=self.codes.read(blocks).reshape(shape[0], shape[1] * self.block_size),
-            scale=self.scale.read(blocks).by_rows(*shape),
-            minimum=self.minimum.read(blocks).by_rows(*shape) if self.minimum else None,
-        )
+        minimum = self.minimum.read(blocks).by_rows(*shape) if self.minimum else None
+        return scale.read(blocks).by_rows(*shape), minimum
 
     def pack(self, fields: Fields) -> Bytes:
         """Packed rows, ``uint8 [rows, row_bytes]``, that hold these numbers: what :meth:`fields` reads.
@@ -201,6 +213,14 @@ class BlockFormat:
             if planes.mins is not None:
                 by_sub_block -= planes.mins[..., None]
         return out
+
+    def _packed(self) -> tuple[CodeReader, Scale]:
+        if self.codes is None or self.scale is None:
+            raise WeightError(f"{self.dtype} weights have no codes", remedy="decode them instead")
+        return self.codes, self.scale
+
+    def _shape(self, data: Bytes) -> tuple[int, int]:
+        return len(data), data.shape[1] // self.block_bytes * self.block_size
 
     def _code_values(self, codes: npt.NDArray[np.int8]) -> npt.NDArray[np.float32]:
         if self.codebook is None:

@@ -121,8 +121,20 @@ class GgufFile:
             file.hash_into(digest)
         return digest.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Check that the bytes are still those that were opened.
+
+        Raises:
+            FormatError: a file is gone or has changed since it was opened.
+            WeightError: the file is closed.
+        """
+        for file in self._opened():
+            file.check_unchanged()
+
     def close(self) -> None:
         """Let go of the mapping; it ends when the last view from `data` is gone."""
+        for file in self._files:
+            file.close()
         self._files = []
 
     def __enter__(self) -> GgufFile:

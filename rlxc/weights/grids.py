@@ -64,6 +64,10 @@ class GridCodes:
         by_sign += signs[..., None]
         return words.view(np.int8)
 
+    def read_above_low(self, blocks: Bytes) -> Bytes:
+        """The codes, ``[blocks, count]``, of which the least is 0."""
+        return self.read(blocks).view(np.uint8)
+
     def write(self, codes: Codes, blocks: Bytes) -> None:
         """Sets the bits of the codes, all zeros so far.
 

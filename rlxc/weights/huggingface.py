@@ -113,12 +113,21 @@ class HfFolder:
             WeightError: the folder is closed.
         """
         digest = hashlib.sha256()
-        files: list[MappedFile | SafetensorsFile] = [*self._others, *self._open()]
-        for file in files:
+        for file in self._files():
             content = hashlib.sha256()
             file.hash_into(content)
             digest.update(f"{file.path.name}\0".encode() + content.digest())
         return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Check that the bytes are still those that were opened.
+
+        Raises:
+            FormatError: a file is gone or has changed since it was opened.
+            WeightError: the folder is closed.
+        """
+        for file in self._files():
+            file.check_unchanged()
 
     def close(self) -> None:
         """Let go of the mappings; they end when the last view from `data` is gone."""
@@ -133,6 +142,9 @@ class HfFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _files(self) -> list[MappedFile | SafetensorsFile]:
+        return [*self._others, *self._open()]
 
     def _open(self) -> list[SafetensorsFile]:
         if not self._shards:

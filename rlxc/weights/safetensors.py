@@ -130,8 +130,15 @@ class SafetensorsFile:
         for file in self._files:
             file.hash_into(digest)
 
+    def check_unchanged(self) -> None:
+        """Raise what `hash_into` would raise for a file that is gone or has changed."""
+        for file in self._files:
+            file.check_unchanged()
+
     def close(self) -> None:
         """Let go of the mappings; they end when the last view from `data` is gone."""
+        for file in self._files:
+            file.close()
         self._files = []
 
     def __enter__(self) -> SafetensorsFile:

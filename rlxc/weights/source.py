@@ -68,6 +68,14 @@ class ModelFile(Protocol):
 
         Raises:
             FormatError: a file is gone or has changed since it was opened.
+            WeightError: the model is closed, by another thread perhaps.
+        """
+
+    def check_unchanged(self) -> None:
+        """Check that the bytes are still those that were opened.
+
+        Raises:
+            FormatError: a file is gone or has changed since it was opened.
         """
 
     def close(self) -> None:

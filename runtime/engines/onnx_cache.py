@@ -71,7 +71,8 @@ def row_groups(plan: KvPlan) -> list[RowGroup]:
     groups: dict[tuple[int, int], list[KvLayer]] = {}
     for layer in plan.layers:
         capacity = layer.capacity - plan.rollback if layer.layout == "ring" else layer.capacity
-        groups.setdefault((layer.window or capacity, capacity), []).append(layer)
+        # A window may be longer than the whole context.
+        groups.setdefault((min(layer.window or capacity, capacity), capacity), []).append(layer)
     return [RowGroup(tuple(layers), *key, plan.rollback) for key, layers in groups.items()]
 
 

@@ -12,7 +12,11 @@ import onnx
 import pytest
 
 from rlxc.backends.onnx.external import PAGE
+from rlxc.backends.onnx.layout_costs import layouts_of
+from rlxc.backends.onnx.runtime import installed_runtime
 from rlxc.dtypes import DType
+from rlxc.errors import GraphError
+from rlxc.ir import WeightLayout
 from rlxc.weights.formats import FORMATS
 
 Build = Callable[..., Any]
@@ -51,6 +55,14 @@ output %y
 """
 
 
+def laid_out(text: str, layout: WeightLayout | None) -> str:
+    """The text with a layout of its weight."""
+    if layout is None:
+        return text
+    size = f"[{OUT}, {IN}]"
+    return text.replace(size, f"{size} layout({layout.bits}, {layout.block}, {layout.tile})")
+
+
 def activations(tokens: int) -> npt.NDArray[np.float32]:
     """``[1, tokens, IN]`` with a mean that is not zero, so that minimums count."""
     return (0.3 + np.random.default_rng(1).standard_normal((1, tokens, IN))).astype(np.float32)
@@ -68,6 +80,23 @@ def test_float32_product_equals_the_interpreter(build: Build, dtype: DType, toke
     x = activations(tokens)
     # Sums of 512 products in f32, in an unknown order: 512 * 2^-24 = 3e-5 at worst.
     assert relative_error(built.run({"x": x})["y"], built.interpret({"x": x})["y"]) < 3e-5
+
+
+@pytest.mark.parametrize("dtype", [DType.TQ1_0, DType.Q1_0, DType.Q2_K, DType.INT4, DType.IQ3_S, DType.Q4_0])
+def test_every_layout_multiplies_and_looks_up_exactly(build: Build, dtype: DType) -> None:
+    ids = np.array([[5, 0, 47]])
+    expected = build(TIED.format(dtype=dtype)).interpret({"ids": ids})
+    for layout in layouts_of(installed_runtime(), dtype):
+        results = build(laid_out(TIED.format(dtype=dtype), layout), folder=str(layout)).run({"ids": ids})
+        np.testing.assert_array_equal(results["x"], expected["x"])
+        # As of test_tied_table_serves_both_uses.
+        assert relative_error(results["y"], expected["y"]) < 2e-4
+
+
+@pytest.mark.parametrize("layout", [WeightLayout(2, 32, 1), WeightLayout(4, 64, 1), WeightLayout(4, 32, 16)])
+def test_layout_that_cannot_hold_a_format_is_refused(build: Build, layout: WeightLayout) -> None:
+    with pytest.raises(GraphError, match="cannot store q4_0 in"):
+        build(laid_out(LINEAR.format(dtype="q4_0", op="DequantMatMul"), layout))
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -144,7 +173,12 @@ def test_embedding_equals_the_decoded_rows_bit_for_bit(build: Build, dtype: DTyp
 
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_stored_parts_decode_to_the_file_s_weights_bit_for_bit(build: Build, dtype: DType) -> None:
-    built = build(EMBED.format(dtype=dtype))
+    for layout in [None, *layouts_of(installed_runtime(), dtype)]:
+        check_stored_parts(build, dtype, layout)
+
+
+def check_stored_parts(build: Build, dtype: DType, layout: WeightLayout | None) -> None:
+    built = build(laid_out(EMBED.format(dtype=dtype), layout), folder=str(layout))
     names = {tensor.name for tensor in built.model.graph.initializer}
     codes, scales = built.region("w.table"), built.region("w.scales")
     attributes = {a.name: a.i for a in built.model.graph.node[0].attribute}
@@ -153,8 +187,9 @@ def test_stored_parts_decode_to_the_file_s_weights_bit_for_bit(build: Build, dty
     zero_point = (
         int(built.region("w.zero_points").flat[0]) & (2**bits - 1) if "w.zero_points" in names else middle
     )
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    if layout is not None:
+        assert (bits, block) == (layout.bits, layout.block)
+    codes = np.stack([codes >> place & (1 << bits) - 1 for place in range(0, 8, bits)], axis=-1)
     signed = codes.reshape(OUT, -1, block).astype(np.int32) - zero_point
     weights = signed.astype(np.float32) * scales[..., None]
     if "w.mins" in names:

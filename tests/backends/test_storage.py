@@ -44,10 +44,12 @@ class Sink(BytesIO):
 
 
 @contextmanager
-def lowered(name: str, backend: BackendName, folder: Path) -> Iterator[tuple[ModelFile, Graph]]:
+def lowered(
+    name: str, backend: BackendName, folder: Path, target: str = "native"
+) -> Iterator[tuple[ModelFile, Graph]]:
     with open_model(VARIANTS[name].write(folder / "model.gguf")) as file:
         model = read_model(file)
-        features = get_backend(backend).features
+        features = get_backend(backend).features_for(target, "int8")
         yield file, lower_graph(model.graph, features, LoweringOptions(model.context)).graph
 
 
@@ -74,13 +76,14 @@ def test_plan_of_an_onnx_artifact_is_what_is_written(name: str, tmp_path: Path) 
         assert said[weight].nbytes == sum(region.length for region in regions(stored)), weight
 
 
+@pytest.mark.parametrize("target", ["x86-64-v4-vnni", "x86-64-v3", "x86-64"])
 @pytest.mark.parametrize("name", MODELS)
-def test_bytes_of_a_tvm_artifact_are_those_of_its_file(name: str, tmp_path: Path) -> None:
+def test_bytes_of_a_tvm_artifact_are_those_of_its_file(name: str, target: str, tmp_path: Path) -> None:
     pytest.importorskip("tvm")
     from rlxc.backends.tvm.weights import WeightsFile as TvmFile
 
     sink = Sink()
-    with lowered(name, "tvm", tmp_path) as (file, graph):
+    with lowered(name, "tvm", tmp_path, target) as (file, graph):
         TvmFile(graph).write(file.data, sink, lambda weight: None)
         said = get_backend("tvm").storage(graph, "int8")
     raw: npt.NDArray[np.uint8] = np.frombuffer(sink.getvalue(), np.uint8)
@@ -92,13 +95,14 @@ def test_bytes_of_a_tvm_artifact_are_those_of_its_file(name: str, tmp_path: Path
         assert end - start == -(-said[weight].nbytes // 64) * 64, weight
 
 
+TARGETS: dict[BackendName, str] = {"tvm": "x86-64-v4-vnni", "onnx": "native"}
 ROUTES = {
     "tvm": {
-        "Q4_K": "int8, 4 bits, gather",
-        "Q6_K": "int8, 4+2 bits, gather",
-        "IQ2_XS": "int8 through a codebook, 2+1 bits, gather",
-        "MXFP4": "int8 through a codebook, 4 bits, gather",
-        "Q1_0": "int8, 1 bit, gather",
+        "Q4_K": "int8, 4 bits, tiles of 16, gather",
+        "Q6_K": "int8, 4+2 bits, tiles of 16, gather",
+        "IQ2_XS": "int8 through a codebook, 2+1 bits, tiles of 16, gather",
+        "MXFP4": "int8 through a codebook, 4 bits, tiles of 16, gather",
+        "Q1_0": "int8, 1 bit, tiles of 16, gather",
         "F16": "f32 from f16, gather",
         "F32": "f32, gather",
     },
@@ -122,14 +126,32 @@ def test_route_of_a_tied_table(backend: BackendName, form: str, route: str, tmp_
     with open_model(tiny.write(tmp_path / "model.gguf")) as file:
         model = read_model(file)
         engine = get_backend(backend)
-        graph = lower_graph(model.graph, engine.features, LoweringOptions(model.context)).graph
+        features = engine.features_for(TARGETS[backend], "int8")
+        graph = lower_graph(model.graph, features, LoweringOptions(model.context)).graph
+        assert engine.storage(graph, "int8")["token_embd.weight"].route == route
+
+
+@pytest.mark.parametrize(
+    ("target", "route"),
+    [
+        ("x86-64-v3", "int8 through a codebook, 2+1 bits, tiles of 8, gather"),
+        ("x86-64", "int8, 8 bits, tiles of 16, gather"),
+    ],
+)
+def test_route_shows_the_layout_that_a_target_was_given(target: str, route: str, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    tiny = replace(VARIANTS["llama-plain"], tensor_types="IQ2_XS")
+    with open_model(tiny.write(tmp_path / "model.gguf")) as file:
+        model, engine = read_model(file), get_backend("tvm")
+        features = engine.features_for(target, "int8")
+        graph = lower_graph(model.graph, features, LoweringOptions(model.context)).graph
         assert engine.storage(graph, "int8")["token_embd.weight"].route == route
 
 
 def test_exact_activations_take_the_exact_route(tmp_path: Path) -> None:
     pytest.importorskip("tvm")
-    with lowered("llama-untied", "tvm", tmp_path) as (_, graph):
+    with lowered("llama-untied", "tvm", tmp_path, "x86-64-v4") as (_, graph):
         routes = get_backend("tvm").storage(graph, "float32")
-    assert routes["output.weight"].route == "f32, 4+1 bits"
-    assert routes["token_embd.weight"].route == "gather, 4+1 bits"
+    assert routes["output.weight"].route == "f32, 4+1 bits, tiles of 16"
+    assert routes["token_embd.weight"].route == "gather, 4+1 bits, tiles of 16"
     assert routes["output_norm.weight"].route == "f32"

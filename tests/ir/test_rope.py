@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from rlxc.errors import ModelError
 from rlxc.ir import RopeSpec, Yarn
 from rlxc.ir.interp import rotate
 
@@ -35,6 +36,12 @@ def rotations(spec: RopeSpec, factors: Any = None) -> Floats:
     """Radians per position of each pair; positions this small do not wrap."""
     cos, sin = spec.angles(np.array(1), factors)
     return np.arctan2(sin, cos)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan, np.inf])
+def test_factors_that_are_no_positive_numbers_are_refused(wrong: float) -> None:
+    with pytest.raises(ModelError, match=f"a factor of the rope's frequencies is {wrong}"):
+        rotations(SPECS[0], np.array([1, wrong, 2, 3], np.float32))
 
 
 @pytest.fixture

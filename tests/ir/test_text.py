@@ -25,6 +25,7 @@ from rlxc.ir import (
     TensorType,
     Value,
     Weight,
+    WeightLayout,
     Yarn,
     ops,
     parse,
@@ -252,7 +253,9 @@ def graphs(draw: st.DrawFn) -> Graph:
         name = next(free)
         recipe = draw(recipes(name))
         rows = len(recipe.parts) if isinstance(recipe, Concat) else 5
-        weights.append(Weight(name, TensorType(DType.Q4_0, (rows, 32)), recipe))
+        numbers = st.integers(1, 64)
+        layout = draw(st.none() | st.builds(WeightLayout, numbers, numbers, numbers))
+        weights.append(Weight(name, TensorType(DType.Q4_0, (rows, 32)), recipe, layout))
     nodes = []
     for _ in range(draw(st.integers(0, 6))):
         of = draw(st.sampled_from(values))
@@ -317,6 +320,13 @@ UNREADABLE = {
     "unknown recipe": (
         "weight @z: f32[2] = zeros()",
         "source, alias, concat, encode, fold or balance instead of 'zeros'",
+    ),
+    "layout of two numbers": ("weight @z: q4_0[2, 32] layout(4, 32)", "','"),
+    "layout of a fraction": ("weight @z: q4_0[2, 32] layout(4.5, 32, 16)", "','"),
+    "layout of words": ("weight @z: q4_0[2, 32] layout(wide, 32, 16)", "an integer"),
+    "layout after the recipe": (
+        'weight @z: q4_0[2, 32] = source("y") layout(4, 32, 16)',
+        "the end of the line",
     ),
     "encoding nothing": ("weight @z: f32[2] = encode()", "a name after @"),
     "encoding two weights": ("weight @z: f32[2] = encode(@a: f32[2], @b: f32[2])", "')'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from rlxc.ir import (
     Source,
     TensorType,
     Weight,
+    WeightLayout,
     ops,
     parse,
     verify,
@@ -147,6 +149,36 @@ def test_alias_cycle_is_refused() -> None:
 def test_alias_of_another_type_is_refused() -> None:
     graph = with_weights(weight("a", 2, 4, recipe=Alias("b")), weight("b", 4, 4))
     assert problem(graph) == "@a is f32[2, 4], its target @b is f32[4, 4]"
+
+
+PACKED = Weight("w", TensorType(DType.Q4_K, (8, 512)), Source("w"))
+
+
+def test_packed_matrix_can_have_a_layout() -> None:
+    verify(with_weights(replace(PACKED, layout=WeightLayout(4, 256, 16))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"type": TensorType(DType.F16, (8, 512))}, "f16[8, 512], only packed matrices with bytes"),
+        (
+            {"layout": WeightLayout(4, 96, 16)},
+            "q4_k[8, 512], it cannot have a layout of 4 bits, blocks of 96, tiles",
+        ),
+        ({"layout": WeightLayout(0, 32, 16)}, "it cannot have a layout of 0 bits"),
+        ({"layout": WeightLayout(4, 32, 0)}, "it cannot have a layout of 4 bits, blocks of 32"),
+    ],
+)
+def test_layout_that_a_weight_cannot_have_is_refused(changes: dict[str, Any], expected: str) -> None:
+    assert expected in problem(
+        with_weights(replace(PACKED, **{"layout": WeightLayout(4, 32, 16), **changes}))
+    )
+
+
+def test_alias_has_no_layout_of_its_own() -> None:
+    alias = replace(PACKED, name="a", recipe=Alias("w"), layout=WeightLayout(4, 32, 16))
+    assert "only packed matrices with bytes have a layout" in problem(with_weights(PACKED, alias))
 
 
 def test_alias_that_is_part_of_a_whole_is_checked() -> None:

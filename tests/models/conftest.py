@@ -22,7 +22,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from oracle import Floats, OpenModel
 from tiny import TEXT, VARIANTS
 
-DATA = Path(__file__).parent.parent / "data"
+Compile = Callable[[BackendName, str, str], Path]
+HERE = Path(__file__).parent
+DATA = HERE.parent / "data"
+QUICK = ("gpt-oss",)
+"""The architectures that `make test` compiles with all formats on TVM, too: a kernel for each takes 15 s or more."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one model run in one process, which compiles it; of models with all formats some are slow on TVM."""
+    for item in items:
+        if item.path.parent != HERE or not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            continue
+        params = item.callspec.params
+        architecture = params.get("architecture")
+        variant = params.get("variant") or (architecture and f"{architecture}-formats")
+        if variant is None:
+            continue
+        item.add_marker(pytest.mark.xdist_group(f"tiny model {variant}"))
+        name, _, kind = variant.rpartition("-")
+        if kind == "formats" and name not in QUICK and params.get("backend") == "tvm":
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", params=VARIANTS)
@@ -39,19 +60,18 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def compile_tiny(
-    tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """``compile_tiny(backend, variant, activations, max_step=16)``: see `tiny_artifact`.
+def compile_tiny(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """``compile_tiny(backend, variant, activations)``: its artifact, compiled once, with rings of a few rows.
 
-    It does not depend on the backend's parameter, whose changes would make an end of what is cached.
+    With float32 activations, caches are f32 too: rounding them to f16 would hide mistakes a hundred times as large.
+    It does not depend on the backend's parameter, whose changes would make an end of what is compiled.
     """
     folder = tmp_path_factory.mktemp("tiny-artifacts")
 
-    def compiled(backend: BackendName, name: str, activations: str, max_step: int = 16) -> Path:
-        path = folder / f"{backend}-{name}-{activations}-{max_step}.rlx"
+    def compiled(backend: BackendName, name: str, activations: str) -> Path:
+        path = folder / f"{backend}-{name}-{activations}.rlx"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("rlxc.lowering.MAX_STEP", max_step)
+            patch.setattr("rlxc.lowering.MAX_STEP", 16)
             options: Any = {"activations": activations, "rollback": 8}
             options["kv_cache"] = "f32" if activations == "float32" else "auto"
             rlxc.compile(tiny_gguf(name), path, backend=backend, **options)
@@ -61,16 +81,13 @@ def compile_tiny(
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(backend: BackendName, compile_tiny: Callable[..., Path]) -> Callable[..., Path]:
-    """``tiny_artifact(variant, activations, max_step=16)``: its artifact, compiled once, with rings of a few rows.
-
-    With float32 activations, caches are f32 too: rounding them to f16 would hide mistakes a hundred times as large.
-    """
+def tiny_artifact(backend: BackendName, compile_tiny: Compile) -> Callable[..., Path]:
+    """``tiny_artifact(variant, activations)``: as of `compile_tiny`, for this backend."""
     return partial(compile_tiny, backend)
 
 
 @pytest.fixture(scope="session")
-def score_tiny(compile_tiny: Callable[..., Path]) -> Callable[..., Floats]:
+def score_tiny(compile_tiny: Compile) -> Callable[..., Floats]:
     """``score_tiny(backend, variant, activations)``: its artifact's logits ``f32 [len(TEXT), vocab]``, taken once."""
 
     def scored(backend: BackendName, name: str, activations: str) -> Floats:

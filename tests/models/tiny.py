@@ -153,8 +153,6 @@ _EVERY_SECOND = {"attention.sliding_window_pattern": 2}
 VARIANTS: Mapping[str, Tiny] = {
     "llama-plain": Tiny("llama", kv_heads=HEADS, seed=1),
     "llama-gqa": Tiny("llama", "F16", seed=2),
-    "llama-one-kv-head": Tiny("llama", "Q2_K", kv_heads=1, seed=3),
-    "llama-bias": Tiny("llama", "BF16", bias=True, seed=4),
     "llama-bias-mins": Tiny("llama", "Q5_K", bias=True, seed=5),
     "llama-linear": Tiny("llama", "Q4_0", rope_scaling="linear", seed=6),
     "llama-yarn": Tiny("llama", "Q4_1", rope_scaling="yarn", seed=7),

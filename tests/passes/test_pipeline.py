@@ -32,6 +32,7 @@ ORDER = [
     "schedule_kv_cache",
     "fuse_rope_attention",
     "remove_dead",
+    "choose_weight_layout",
 ]
 
 SMALL = "graph small\ninput %x: f32[4]\n%a = Silu(%x)\n%b = Silu(%x)\n%y = Add(%a, %b)\noutput %y"
@@ -167,6 +168,7 @@ def test_trace_tells_each_pass_and_each_near_match(features: TargetFeatures, mod
         "schedule_kv_cache: 20 -> 22 nodes",
         "fuse_rope_attention: 22 -> 16 nodes",
         "remove_dead: 16 -> 15 nodes",
+        "choose_weight_layout: nothing to do",
     ]
 
 

@@ -315,6 +315,14 @@ def test_planes_of_a_single_block_are_fresh_memory(form):
     assert not np.shares_memory(planes.codes, data)
 
 
+@per_format(BLOCKS)
+def test_codes_above_the_least_one_are_those_that_are_read_with_the_scales(form):
+    data = random_rows(form)
+    above = form.codes_above_min(data)
+    assert above.dtype == np.uint8
+    assert (above.astype(int) + form.code_min == form.fields(data).codes).all()
+
+
 @per_format(ALL)
 def test_decoded_rows_are_fresh_memory(form):
     data = random_rows(form, rows=1)

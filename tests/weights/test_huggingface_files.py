@@ -227,8 +227,13 @@ def test_fingerprint_covers_every_file_of_the_model(sharded: Path, name: str) ->
     assert fingerprint(sharded) != before
 
 
-def test_a_file_changed_meanwhile_is_noticed(sharded: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", SHARDS[2]])
+def test_a_file_changed_meanwhile_is_noticed(sharded: Path, name: str) -> None:
     with open_folder(sharded) as file:
-        (sharded / "config.json").write_text("{}")
-        with pytest.raises(FormatError, match=r"config.json: has changed"):
-            file.fingerprint()
+        file.check_unchanged()
+        other = sharded / "other"
+        other.write_bytes((sharded / name).read_bytes())
+        other.replace(sharded / name)
+        for look in (file.fingerprint, file.check_unchanged):
+            with pytest.raises(FormatError, match=f"{name}: has changed"):
+                look()

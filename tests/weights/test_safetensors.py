@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 
 import gguf
@@ -127,6 +128,34 @@ def test_file_that_changed_is_not_hashed(path, arrays):
     save_file({"w": arrays["w"]}, path)
     with pytest.raises(FormatError, match="has changed since it was opened"):
         file.hash_into(hashlib.sha256())
+
+
+def test_file_that_changes_in_place_is_not_what_was_opened(path):
+    file = SafetensorsFile(path)
+    file.check_unchanged()
+    with path.open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"?")
+    os.utime(path, ns=(1, 1))  # clocks are coarse
+    with pytest.raises(FormatError, match="has changed since it was opened"):
+        file.check_unchanged()
+
+
+def test_closing_a_file_ends_its_hashing(tmp_path):
+    save_file({"w": np.zeros(1 << 20, np.float32)}, tmp_path / "large.safetensors")
+    file = SafetensorsFile(tmp_path / "large.safetensors")
+
+    class Digest:
+        pieces = 0
+
+        def update(self, data):
+            self.pieces += 1
+            file.close()
+
+    digest = Digest()
+    with pytest.raises(WeightError, match="the file is closed"):
+        file.hash_into(digest)
+    assert digest.pieces == 1
 
 
 def test_missing_tensor_is_refused(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from rlxc.artifact import ArtifactWriter, Library, Manifest
 from rlxc.backends import BuildOptions, StoredAs
 from rlxc.backends.onnx.external import WeightsFile
 from rlxc.backends.onnx.genai import companion_files
+from rlxc.backends.onnx.layout_costs import machine
 from rlxc.backends.onnx.model import build_model
 from rlxc.backends.onnx.planning import Nowhere, describe_weights, plan_weights
 from rlxc.backends.onnx.runtime import installed_runtime
@@ -45,6 +47,15 @@ class OnnxBackend:
             widest={Storage.of(DType.Q8_0).name: DType.Q8_0},
         )
 
+    def features_for(self, target: str, activations: str) -> TargetFeatures:
+        """The features, with the layouts that ONNX Runtime can run.
+
+        Raises:
+            OptionError: a target was named.
+        """
+        _check_target(target)
+        return replace(self.features, machines=(machine(self._runtime, int8=activations == "int8"),))
+
     def build(
         self,
         graph: Graph,
@@ -67,7 +78,7 @@ class OnnxBackend:
         Raises:
             OptionError: a target was named.
         """
-        _check_target(options)
+        _check_target(options.target)
         with writer.file("weights.bin") as sink:
             file = WeightsFile("weights.bin", sink)
             stored = write_weights(graph, read, file, progress, losses)
@@ -78,7 +89,7 @@ class OnnxBackend:
 
     def check(self, graph: Graph, read: ReadBytes, options: BuildOptions) -> None:
         """Raise what `build` would raise for such a graph and such options, without writing anything."""
-        _check_target(options)
+        _check_target(options.target)
         self._model(graph, plan_weights(graph), WeightsFile("", Nowhere()), read, options)
 
     def storage(self, graph: Graph, activations: str) -> dict[str, StoredAs]:
@@ -113,8 +124,6 @@ class OnnxBackend:
         )
 
 
-def _check_target(options: BuildOptions) -> None:
-    if options.target != "native":
-        raise OptionError(
-            f"target {options.target!r} is unknown", remedy="the onnx backend has one target: native"
-        )
+def _check_target(target: str) -> None:
+    if target != "native":
+        raise OptionError(f"target {target!r} is unknown", remedy="the onnx backend has one target: native")

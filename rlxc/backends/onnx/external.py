@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
+from rlxc.backends.ahead import ahead
+
 PAGE = 4096
 """External tensors start at multiples of this, so that they can be mapped in place."""
 
@@ -50,7 +52,7 @@ class WeightsFile:
         """Append arrays back to back, starting on a new page."""
         self.sink.align(PAGE)
         offset = self.sink.tell()
-        for chunk in chunks:
+        for chunk in ahead(chunks):
             self.sink.write(chunk)
         return Region(offset, self.sink.tell() - offset)
 

@@ -60,7 +60,7 @@ def _plan(weight: Weight, gathered: bool) -> Stored:
     if not has_integers(dtype):
         scales = Region(0, rows * columns // fmt.block_size * _SCALE_BYTES)
         return StoredIndices(dtype, rows, columns, fmt.block_size, Region(0, rows * columns // 2), scales)
-    storage = Storage.of(dtype)
+    storage = Storage.of(dtype, weight.layout)
     blocks = columns // storage.block
     floats = Region(0, rows * blocks * _SCALE_BYTES)
     zero_points = None

@@ -13,7 +13,8 @@ class Runtime:
     """A range of versions that run the same models.
 
     ``has_ring`` tells whether GroupQueryAttention can keep a window in a ring; ``counts_own_key`` whether its window
-    includes the query's own key; ``sorts_nothing`` whether TopK can be given no rows, which ends the old one's process.
+    includes the query's own key; ``sorts_nothing`` whether TopK can be given no rows, which ends the old one's process;
+    ``widths`` how many bits a weight's numbers can have.
     The manifest names the range, and the engine refuses a model for the other.
     """
 
@@ -21,10 +22,15 @@ class Runtime:
     has_ring: bool
     counts_own_key: bool
     sorts_nothing: bool
+    widths: tuple[int, ...]
 
 
-CURRENT = Runtime("onnxruntime>=1.31", has_ring=True, counts_own_key=True, sorts_nothing=True)
-FOR_PYTHON_3_10 = Runtime("onnxruntime<1.24", has_ring=False, counts_own_key=False, sorts_nothing=False)
+CURRENT = Runtime(
+    "onnxruntime>=1.31", has_ring=True, counts_own_key=True, sorts_nothing=True, widths=(2, 4, 8)
+)
+FOR_PYTHON_3_10 = Runtime(
+    "onnxruntime<1.24", has_ring=False, counts_own_key=False, sorts_nothing=False, widths=(4, 8)
+)
 
 
 def installed_runtime() -> Runtime:

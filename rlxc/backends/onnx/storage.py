@@ -12,9 +12,8 @@ The error of rounding x to int8 grows with what multiplies x: about zero, that i
 several times larger distance from its minimum.
 
 Where all values are odd and at most 16 of them (IQ3_S, IQ1), the number n of 4 bits stands for 2 n + 1: the stored
-scale is twice the format's, and the centre is a half. Other codebooks take 8 bits. Numbers of 2 bits are not used: ONNX
-Runtime multiplies them fast with activations in int8 and blocks of 64 or more, but with activations in f32 it decodes
-the whole matrix in every call, which takes 25 times as long as with 4 bits.
+scale is twice the format's, and the centre is a half. Other codebooks take 8 bits. A chosen layout may have 2 bits, for
+what is ternary or binary, and blocks that are parts of what shares a scale: see :mod:`rlxc.backends.onnx.layout_costs`.
 
 NF4 and FP4 have indices into a codebook of fractions: ``MatMulBnb4`` multiplies them, always in f32. It decodes the
 whole matrix in each call, and so it is slow.
@@ -31,10 +30,11 @@ import numpy.typing as npt
 
 from rlxc.backends.recipes import Bytes, Losses, ReadBytes, packed_rows
 from rlxc.dtypes import DType
-from rlxc.ir import Concat, Weight
+from rlxc.errors import GraphError
+from rlxc.ir import Concat, Weight, WeightLayout
 from rlxc.weights.formats import FORMATS, BlockFormat, Planes
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 """Unpacking works on this many packed bytes at a time, so that memory stays flat whatever the tensor's size."""
 
 
@@ -54,20 +54,30 @@ class Storage:
     has_mins: bool
 
     @staticmethod
-    def of(dtype: DType) -> Storage:
-        """The narrowest layout that holds every integer of a packed format."""
+    def of(dtype: DType, chosen: WeightLayout | None = None) -> Storage:
+        """A layout that holds every integer of a packed format: the narrowest of 4 or 8 bits, or the one chosen.
+
+        Raises:
+            GraphError: the chosen one cannot hold them.
+        """
         fmt = FORMATS[dtype]
         integers = fmt.integers or tuple(range(fmt.code_min, fmt.code_max + 1))
         low, high = min(integers), max(integers)
         step = 1 if high - low < 16 else gcd(*(integer - low for integer in integers))
         if high - low >= 16 * step:
             step = 1
-        bits = 4 if high - low < 16 * step else 8
+        bits, block = 4 if high - low < 16 * step else 8, scale_block(fmt)
+        if chosen is not None:
+            if high - low >= step << chosen.bits or block % chosen.block or chosen.tile != 1:
+                raise GraphError(f"the onnx backend cannot store {dtype} in {chosen}")
+            bits, block = chosen.bits, chosen.block
+        if high - low < 1 << bits:
+            step = 1
         rest, middle = low % step, 1 << (bits - 1)
         low, high = (low - rest) // step, (high - rest) // step
         # Without minimums, the middle stands for zero: then there is nothing to give back.
         centre = (low + high + 1) // 2 if fmt.has_mins or low < -middle or high >= middle else 0
-        return Storage(bits, _scale_block(fmt), middle - centre, step, rest, fmt.has_mins)
+        return Storage(bits, block, middle - centre, step, rest, fmt.has_mins)
 
     @property
     def name(self) -> str:
@@ -91,18 +101,26 @@ class Storage:
         return self.default_zero_point - self.zero_point + self.remainder
 
     def pack(self, integers: npt.NDArray[np.int8]) -> Bytes:
-        """Integers ``int8 [rows, in]`` as bytes ``[rows, in * bits / 8]``, the first of a pair in the low bits."""
+        """Integers ``int8 [rows, in]`` as bytes ``[rows, in * bits / 8]``, the first ones in the lowest bits."""
         if self.step > 1:
             integers = (integers - np.int8(self.rest)) // np.int8(self.step)
-        unsigned = integers.view(np.uint8) + np.uint8(self.zero_point)
-        if self.bits == 8:
-            return unsigned
-        packed: Bytes = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
+        packed = integers.view(np.uint8)
+        if self.zero_point:
+            packed = packed + np.uint8(self.zero_point)
+        width = self.bits
+        while width < 8:  # two become one
+            pairs = packed.view("<u2")
+            packed = (pairs | pairs >> np.uint16(8 - width)).astype(np.uint8)
+            width *= 2
         return packed
+
+    def repeated(self, scales: npt.NDArray[np.float32], columns: int) -> npt.NDArray[np.float32]:
+        """Scales, or minimums, of rows as often as there are blocks: ``[rows, in / block]``."""
+        return np.repeat(scales, columns // self.block // scales.shape[1], axis=1)
 
     def zero_points(self, rows: int, blocks: int) -> Bytes:
         """The zero point of every block, packed like numbers: ``[rows, ceil(blocks * bits / 8)]``."""
-        value = self.zero_point if self.bits == 8 else self.zero_point * 0x11
+        value = sum(self.zero_point << place for place in range(0, 8, self.bits))
         return np.full((rows, -(-blocks * self.bits // 8)), value, np.uint8)
 
 
@@ -135,7 +153,7 @@ def unpacked_rows(weight: Weight, read: ReadBytes, losses: Losses | None) -> Ite
             yield from unpacked_rows(part, read, losses)
         return
     fmt = FORMATS[weight.type.dtype]
-    every = _scale_block(fmt) // fmt.sub_block
+    every = scale_block(fmt) // fmt.sub_block
     integers = None if fmt.integers is None else np.array(fmt.integers, np.int8)
     for rows in packed_rows(weight, read, losses):
         step = max(1, CHUNK_BYTES // rows.shape[1])
@@ -146,7 +164,7 @@ def unpacked_rows(weight: Weight, read: ReadBytes, losses: Losses | None) -> Ite
             yield planes if integers is None else replace(planes, codes=integers[planes.codes])
 
 
-def _scale_block(fmt: BlockFormat) -> int:
+def scale_block(fmt: BlockFormat) -> int:
     """How many weights have a scale of their own: a sub-block, or more where its sub-blocks share one."""
     assert fmt.scale is not None
     return fmt.sub_block if fmt.scale.factors else fmt.block_size // fmt.scale.bases

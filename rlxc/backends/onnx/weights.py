@@ -145,7 +145,7 @@ def _write_indices(
 def _write_packed(
     weight: Weight, read: ReadBytes, file: WeightsFile, losses: Losses | None, gathered: bool
 ) -> StoredPacked:
-    storage = Storage.of(weight.type.dtype)
+    storage = Storage.of(weight.type.dtype, weight.layout)
     rows, columns = _rows(weight)
     scales: list[npt.NDArray[np.float32]] = []
     subtracted: list[npt.NDArray[np.float32]] = []
@@ -153,11 +153,12 @@ def _write_packed(
     def codes() -> Iterator[npt.NDArray[np.uint8]]:
         # Scales and minimums are small: they wait here while the codes stream out.
         for planes in unpacked_rows(weight, read, losses):
-            scales.append(planes.scales * np.float32(storage.step))
+            scales.append(storage.repeated(planes.scales * np.float32(storage.step), columns))
             if planes.mins is not None:
+                mins = storage.repeated(planes.mins, columns)
                 with np.errstate(all="ignore"):  # scales may be infinite
                     centres = scales[-1] * np.float32(storage.centre)
-                    subtracted.append(planes.mins if gathered else centres - planes.mins)
+                    subtracted.append(mins if gathered else centres - mins)
             yield storage.pack(planes.codes)
 
     region = file.add(codes())

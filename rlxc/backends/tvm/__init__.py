@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from rlxc.backends.tvm.build import build_module, build_object
 from rlxc.backends.tvm.database import Database, shipped_folder, user_folder
 from rlxc.backends.tvm.families import write_entries
 from rlxc.backends.tvm.kernels.kernel import Knobs
+from rlxc.backends.tvm.layout_costs import machine
 from rlxc.backends.tvm.lower import lower
 from rlxc.backends.tvm.problem import Problem
 from rlxc.backends.tvm.program import Program, plan_workspace
@@ -50,6 +52,16 @@ class TvmBackend:
         storage={dtype: dtype.value for dtype in _PACKED},
         widest={dtype.value: dtype for dtype in _PACKED},
     )
+
+    def features_for(self, target: str, activations: str) -> TargetFeatures:
+        """The features, with the layouts that these targets can run.
+
+        Raises:
+            OptionError: there is no such target.
+        """
+        targets = find_targets(target)
+        int8 = activations == "int8"
+        return replace(self.features, machines=tuple(machine(one, int8=int8) for one in targets))
 
     def build(
         self,

@@ -42,6 +42,9 @@ BLOCK = 32
 GROUPS = 8
 """Groups of four columns in a block."""
 
+_CODES_AT_ONCE = 1 << 19
+"""Codes that are rearranged at a time: enough for numpy to be fast, few enough for the cache."""
+
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 
 Bytes = npt.NDArray[np.uint8]
@@ -216,14 +219,15 @@ class PackedLayout(_Layout):
 
     def encode(self, data: Bytes) -> Chunk:
         """The sections' parts of some rows, ``uint8 [tile n, row_bytes]`` as in the model file."""
-        fields = self.format.fields(data)
-        codes = fields.codes.view(np.uint8)
-        if self.holds_numbers:
-            codes = np.array(self._numbers, np.uint8)[codes]
-        else:
-            codes -= np.uint8(self.format.code_min & 0xFF)
-        chunk: Chunk = {"codes": self._pack(codes)}
-        for name, scales in (("scale", fields.scale), ("minimum", fields.minimum)):
+        packed = np.empty((len(data) // self.tile, self.blocks, self.bits, self.tile), np.uint32)
+        tiles = max(1, _CODES_AT_ONCE // (self.tile * self.columns))
+        for tile in range(0, len(packed), tiles):
+            codes = self.format.codes_above_min(data[self.tile * tile : self.tile * (tile + tiles)])
+            if self.holds_numbers:
+                codes = np.array(self._numbers, np.uint8)[codes]
+            self._pack(codes, packed[tile : tile + tiles])
+        chunk: Chunk = {"codes": packed}
+        for name, scales in zip(("scale", "minimum"), self.format.scales(data)):
             if scales is not None:
                 chunk |= self._scale_sections(name, scales)
         return chunk
@@ -244,31 +248,31 @@ class PackedLayout(_Layout):
         """``[tile n, m]`` as ``[n, m, tile]``."""
         return np.ascontiguousarray(array.reshape(-1, self.tile, array.shape[1]).transpose(0, 2, 1))
 
-    def _pack(self, codes: Bytes) -> npt.NDArray[np.uint32]:
-        """Codes ``[tile n, columns]`` as planes; four codes of a row are one uint32."""
-        tiles = len(codes) // self.tile
-        words = codes.view(np.uint32).reshape(tiles, self.tile, self.blocks, GROUPS)
-        words = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
+    def _pack(self, codes: Bytes, packed: npt.NDArray[np.uint32]) -> None:
+        """Write codes ``[tile n, columns]`` as planes; four codes of a row are one uint32."""
+        words = codes.view(np.uint32).reshape(len(packed), self.tile, self.blocks, GROUPS)
         if self.planes == (8,):
-            return words
-        packed = np.empty((tiles, self.blocks, self.bits, self.tile), np.uint32)
-        first = low = 0
+            packed[...] = words.transpose(0, 2, 3, 1)
+            return
+        # The words of a group together, as numpy is fast where much lies side by side; for the same reason, a vector
+        # is copied as one item.
+        words = np.ascontiguousarray(words.transpose(3, 0, 2, 1))
+        vectors = packed.view(f"V{4 * self.tile}")[..., 0]
+        low = 0
         for width in self.planes:
-            plane = packed[:, :, first : first + width]
+            masked = len(self.planes) > 1  # what belongs to another plane, and comes from the next byte
             mask = np.uint32(((1 << width) - 1) * 0x01010101)
-            for shift in range(0, GROUPS, width):
-                part = words[:, :, shift : shift + width]
-                if low:
-                    part = part >> np.uint32(low)
-                if width < self.code_bits:  # bits of another plane, and of the next byte
-                    part = part & mask
-                if shift:
-                    plane |= part << np.uint32(shift)
-                else:
-                    plane[...] = part
-            first += width
+            plane = words[:width] >> np.uint32(low)
+            if masked:
+                plane &= mask
+            for first in range(width, GROUPS, width):
+                part, left = words[first : first + width], first - low
+                part = part << np.uint32(left) if left >= 0 else part >> np.uint32(-left)
+                if masked:
+                    part &= mask << np.uint32(first)
+                plane |= part
+            vectors[:, :, low : low + width] = plane.view(vectors.dtype)[..., 0].transpose(1, 2, 0)
             low += width
-        return packed
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def _route(layout: Layout, users: Iterable[Op], int8: bool) -> str:
     gathered = [isinstance(op, Embed) for op in users]
     if isinstance(layout, PackedLayout):
         bits = "+".join(map(str, layout.planes)) + f" bit{'' if layout.planes == (1,) else 's'}"
+        bits += f", tiles of {layout.tile}"
         multiplied = "int8" if int8 and layout.has_integers else "f32"
         is_looked_up = layout.format.codebook is not None and (layout.table or not layout.has_integers)
         how = f" through a codebook, {bits}" if is_looked_up else f", {bits}"

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rlxc.artifact.alignment import align
+from rlxc.backends.ahead import ahead
 from rlxc.backends.recipes import Losses, ReadBytes, packed_rows
 from rlxc.backends.tvm.layout import TILE, Bytes, Layout, PackedLayout, in_tiles, layout_of, tiled
 from rlxc.ir import Graph, Weight
 from rlxc.ir.ops import ExpertMatMul
 from rlxc.weights.formats import FORMATS
 
-_CHUNK_BYTES = 1 << 18
-"""Bytes of the model file that are rearranged at a time: large enough for numpy, small enough for the cache."""
-
-_WRITE_BYTES = 1 << 21
-"""Bytes that are written at a time, at least: with less, threads would spend their time on handing it over."""
-
-_WRITES_AHEAD = 3
-"""How many such pieces may wait to be written."""
-
-T = TypeVar("T")
+_CHUNK_BYTES = 1 << 21
+"""Bytes of the model file that become bytes to write at a time: with fewer, threads would be busy handing them over."""
 
 
 class Sink(Protocol):
@@ -53,7 +44,7 @@ class Stored:
     def chosen(self) -> tuple[int, int, int] | None:
         """Bits, block and tile of the layout, if it was chosen."""
         chosen = self.layout.chosen if isinstance(self.layout, PackedLayout) else None
-        return chosen and (chosen.bits, chosen.block, chosen.tile)
+        return (chosen.bits, chosen.block, chosen.tile) if chosen else None
 
 
 @dataclass
@@ -96,7 +87,7 @@ class WeightsFile:
             losses: told what encoding weights costs.
         """
         sink.write(self._header())
-        for part in _ahead(self._parts(read, losses)):
+        for part in ahead(self._parts(read, losses)):
             if isinstance(part, str):
                 sink.align(64)
                 progress(part)
@@ -185,32 +176,13 @@ def _sections(rows: Iterator[Bytes], stored: Stored) -> Iterator[npt.NDArray[np.
     rest = np.zeros(layout.nbytes - rest_start, np.uint8)
     row_bytes = FORMATS[layout.dtype].row_bytes(layout.columns)
     rows_at_once = max(TILE, _CHUNK_BYTES // row_bytes // TILE * TILE)
-    pieces: list[npt.NDArray[np.generic]] = []
     tiles = 0
     for chunk in in_tiles(rows, rows_at_once, layout.tile):
         sections = layout.encode(chunk)
+        yield sections[first]
         for name in others:
             start = layout.sections[name].offset - rest_start + tiles * layout.sections[name].tile_bytes
             rest[start : start + sections[name].nbytes] = sections[name].reshape(-1).view(np.uint8)
         tiles += len(chunk) // layout.tile
-        pieces.append(sections[first])
-        if sum(piece.nbytes for piece in pieces) >= _WRITE_BYTES:
-            yield np.concatenate(pieces)
-            pieces = []
-    if pieces:
-        yield np.concatenate(pieces)
     yield np.zeros(rest_start - tiles * layout.sections[first].tile_bytes, np.uint8)
     yield rest
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made in another thread while earlier ones are in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="rlxc-weights") as pool:
-        coming: deque[Future[T | None]] = deque()
-        while True:
-            while len(coming) < _WRITES_AHEAD:
-                coming.append(pool.submit(next, items, None))
-            item = coming.popleft().result()
-            if item is None:
-                return
-            yield item

@@ -11,6 +11,7 @@ from random_tensors import random_bytes
 
 from rlxc.backends.tvm.layout import Bytes, Layout, in_tiles, layout_of
 from rlxc.dtypes import DType
+from rlxc.ir import WeightLayout
 from rlxc.weights.formats import FORMATS, GGML_FORMATS
 
 PACKED = [dtype for dtype in DType if dtype.is_packed]
@@ -37,11 +38,13 @@ class StoredWeight:
         return np.asarray(gguf.dequantize(self.data, fmt.ggml_type), np.float32)
 
 
-def random_weight(dtype: DType, rows: int, columns: int, seed: int = 0) -> StoredWeight:
+def random_weight(
+    dtype: DType, rows: int, columns: int, seed: int = 0, chosen: WeightLayout | None = None
+) -> StoredWeight:
     """Any codes and factors; scales and minimums of both signs."""
     rng = np.random.default_rng(seed)
     data = random_bytes(dtype, (rows, columns), rng, signed=True).reshape(rows, -1)
-    layout = layout_of(dtype, rows, columns)
+    layout = layout_of(dtype, rows, columns, chosen)
     return StoredWeight(layout, data, store(layout, [data]))
 
 
@@ -49,7 +52,7 @@ def store(layout: Layout, parts: list[Bytes], chunk_rows: int = 32) -> npt.NDArr
     """All sections of a weight, written chunk by chunk; what no section holds is 0xAA."""
     out = np.full(layout.nbytes, 0xAA, np.uint8)
     ends = {name: section.offset for name, section in layout.sections.items()}
-    for rows in in_tiles(parts, chunk_rows):
+    for rows in in_tiles(parts, chunk_rows, layout.tile):
         for name, array in layout.encode(rows).items():
             raw = array.view(np.uint8).ravel()
             out[ends[name] : ends[name] + raw.size] = raw

@@ -12,6 +12,7 @@ from stored_weights import FLOATS, PACKED, random_weight
 from rlxc.backends.tvm.kernels.embed import embed_kernel
 from rlxc.backends.tvm.targets import CpuTarget
 from rlxc.dtypes import DType
+from rlxc.ir import WeightLayout
 
 ROWS = 37
 ORDERS = {"one": [36], "few": [0, 16, 15, 36, 0], "many": [*range(36, -1, -1)]}
@@ -23,8 +24,15 @@ ACROSS = [
 """Formats for every target: each width of codes, each kind of scale."""
 
 
-def check(run_kernel: Any, target: CpuTarget, dtype: DType, columns: int, ids: list[int]) -> None:
-    table = random_weight(dtype, ROWS, columns)
+def check(
+    run_kernel: Any,
+    target: CpuTarget,
+    dtype: DType,
+    columns: int,
+    ids: list[int],
+    chosen: WeightLayout | None = None,
+) -> None:
+    table = random_weight(dtype, ROWS, columns, chosen=chosen)
     expected = table.decoded[ids]
     out = np.full((len(ids), columns), 7, np.float32)
     run_kernel(embed_kernel(table.layout), table.stored, np.array(ids), out, len(ids), target=target)
@@ -41,6 +49,17 @@ def test_rows_are_exact(run_kernel: Any, dtype: DType, ids: str) -> None:
 @pytest.mark.parametrize("dtype", ACROSS)
 def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
     check(run_kernel, target, dtype, 256, ORDERS["few"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [
+        *((DType.Q3_K, 4), (DType.Q4_1, 4), (DType.Q4_1, 8), (DType.IQ1_M, 3), (DType.IQ1_M, 4)),
+        *((DType.IQ1_M, 8), (DType.Q1_0, 1), (DType.Q1_0, 8), (DType.NF4, 4)),
+    ],
+)
+def test_rows_of_small_tiles_and_wide_codes_are_exact(run_kernel: Any, dtype: DType, bits: int) -> None:
+    check(run_kernel, HERE[0], dtype, 256, ORDERS["few"], WeightLayout(bits, 32, 8))
 
 
 @pytest.mark.parametrize("columns", [1, 24, 33])

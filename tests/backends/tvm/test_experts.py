@@ -20,8 +20,9 @@ from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.route import Groups
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import PackedLayout, tiled
-from rlxc.backends.tvm.targets import CpuTarget
+from rlxc.backends.tvm.targets import CpuTarget, find_target
 from rlxc.dtypes import DType
+from rlxc.ir import WeightLayout
 
 Array = npt.NDArray[Any]
 
@@ -40,8 +41,10 @@ class StoredExperts:
     decoded: npt.NDArray[np.float64]
 
     @classmethod
-    def random(cls, dtype: DType, experts: int, rows: int, used: int) -> StoredExperts:
-        of = Experts(dtype, experts, rows, COLUMNS, used)
+    def random(
+        cls, dtype: DType, experts: int, rows: int, used: int, chosen: WeightLayout | None = None
+    ) -> StoredExperts:
+        of = Experts(dtype, experts, rows, COLUMNS, used, chosen)
         each = [random_weight(dtype, rows, COLUMNS, seed) for seed in range(experts)]
         parts = [np.pad(one.data, ((0, tiled(rows) - rows), (0, 0))) for one in each]
         decoded = np.stack([one.decoded for one in each]).astype(np.float64)
@@ -129,6 +132,17 @@ def choose(tokens: int, experts: int, used: int) -> Array:
     rng = np.random.default_rng(7)
     allowed = np.array([e for e in range(experts) if e != 1 or used >= experts])
     return np.stack([rng.permutation(allowed)[:used] for _ in range(tokens)])
+
+
+@pytest.mark.parametrize("rows", [40, 44, 48])
+def test_tiles_of_eight_rows_meet_their_experts(run_kernel: Any, rows: int) -> None:
+    """Each expert's rows are padded to tiles of 16, as biases are: the last of 8 may have none, some or all rows."""
+    target = find_target("x86-64-v3")
+    if target not in HERE:
+        pytest.skip("this CPU cannot run it")
+    weight = StoredExperts.random(DType.Q3_K, 5, rows, 2, WeightLayout(4, 32, 8))
+    for exact in (False, True):
+        check(run_kernel, weight, choose(3, 5, 2), shared=True, exact=exact, bias=True, target=target)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["rows of tokens", "rows of slots"])

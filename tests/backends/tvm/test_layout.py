@@ -15,6 +15,8 @@ from stored_weights import FLOATS, PACKED, random_weight, store
 
 from rlxc.artifact.alignment import ALIGNMENT
 from rlxc.backends.tvm.layout import FloatLayout, PackedLayout, in_tiles, layout_of
+from rlxc.backends.tvm.layout_costs import layouts_of
+from rlxc.backends.tvm.targets import TARGETS, find_target
 from rlxc.dtypes import DType
 from rlxc.weights.formats import FORMATS
 
@@ -82,10 +84,13 @@ GROWTH = {
 def read_slowly(layout: PackedLayout, stored: npt.NDArray[np.int8]) -> Matrix:
     """Every row of every tile, the padding too: ``scale * code - minimum``, one number after the other."""
     bits, zero, block, sub_block = FACTS[layout.dtype]
+    rows = 16
+    if layout.chosen is not None:
+        bits, rows = layout.chosen.bits, layout.chosen.tile
     data = stored.view(np.uint8)
-    out = np.empty((16 * layout.tiles, layout.columns), np.float32)
+    out = np.empty((rows * layout.tiles, layout.columns), np.float32)
     for row in range(len(out)):
-        tile, lane = divmod(row, 16)
+        tile, lane = divmod(row, rows)
 
         def place(section: str, tile: int = tile) -> int:
             found = layout.sections[section]
@@ -93,25 +98,28 @@ def read_slowly(layout: PackedLayout, stored: npt.NDArray[np.int8]) -> Matrix:
 
         def number(name: str, column: int, lane: int = lane) -> np.float32:
             if layout.dtype in BYTE_SCALES:
-                at = place(name) + column // block * 16 + lane
+                at = place(name) + column // block * rows + lane
                 return np.float32(BYTE_SCALES[layout.dtype](data[at : at + 1])[0])
             element = np.dtype("<f4" if layout.dtype in F32_SCALES else "<f2")
-            at = place(name) + (column // block * 16 + lane) * element.itemsize
+            at = place(name) + (column // block * rows + lane) * element.itemsize
             value = np.float32(data[at : at + element.itemsize].view(element)[0])
             value *= np.float32(UNITS.get(layout.dtype, 1))
             if f"{name}_factors" not in layout.sections:
                 return value
-            return value * np.float32(stored[place(f"{name}_factors") + column // sub_block * 16 + lane])
+            return value * np.float32(stored[place(f"{name}_factors") + column // sub_block * rows + lane])
 
         for column in range(layout.columns):
             group, code, low, vector = column % 32 // 4, 0, 0, 0
             for width in PLANES[bits]:
-                start = place("codes") + (column // 32 * bits + vector + group % width) * 64
+                start = place("codes") + (column // 32 * bits + vector + group % width) * 4 * rows
                 byte = int(data[start + lane * 4 + column % 4]) >> group // width * width
                 code |= (byte & (1 << width) - 1) << low
                 vector, low = vector + width, low + width
             codebook = FORMATS[layout.dtype].codebook
-            value = number("scale", column) * np.float32(codebook[code] if codebook else code - zero)
+            if codebook and bits == 8:  # numbers instead of codes, from the least on
+                value = number("scale", column) * np.float32(code + min(codebook))
+            else:
+                value = number("scale", column) * np.float32(codebook[code] if codebook else code - zero)
             if layout.dtype in WITH_MINIMUMS:
                 value -= number("minimum", column)
             out[row, column] = value
@@ -123,6 +131,28 @@ def test_packed_weight_keeps_every_number(dtype: DType) -> None:
     weight = random_weight(dtype, rows=21, columns=512)
     assert isinstance(weight.layout, PackedLayout)
     np.testing.assert_array_equal(read_slowly(weight.layout, weight.stored)[:21], weight.decoded)
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_weight_keeps_every_number_in_any_layout(dtype: DType) -> None:
+    """Of all that a target with registers of eight lanes can run; others can run a part of these."""
+    for chosen in layouts_of(find_target("x86-64-v3"), dtype):
+        weight = random_weight(dtype, 21, 256, chosen=chosen)
+        assert isinstance(weight.layout, PackedLayout)
+        assert weight.layout.tiles == -(-21 // chosen.tile)
+        decoded = read_slowly(weight.layout, weight.stored)
+        np.testing.assert_array_equal(decoded[:21], weight.decoded)
+        assert not decoded[21:].any()
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_layouts_of_a_target_begin_with_what_is_stored_without_a_choice(dtype: DType) -> None:
+    default = PackedLayout(dtype, 32, 512)
+    for target in TARGETS:
+        first, *others = layouts_of(target, dtype)
+        assert PackedLayout(dtype, 32, 512, first).sections == default.sections
+        assert first not in others and len({*others}) == len(others)
+        assert all(layout.tile in (16, target.lanes) for layout in others)
 
 
 @pytest.mark.parametrize("dtype", PACKED)

@@ -23,6 +23,7 @@ from rlxc.backends.tvm.program import InUnit
 from rlxc.backends.tvm.side_paths import SidePaths
 from rlxc.backends.tvm.targets import CpuTarget
 from rlxc.dtypes import DType
+from rlxc.ir import WeightLayout
 
 Doubles = npt.NDArray[np.float64]
 
@@ -179,7 +180,9 @@ def run_product(
 ) -> npt.NDArray[np.float32]:
     """The product of random weights and activations, with a bias; with side paths if there are units."""
     vectors, rows = Vectors.of(target), sum(SIZES)
-    stored = random_weight(weight, rows, COLUMNS)
+    # Adapters' tiles have 16 rows, whatever the weight's have.
+    small = WeightLayout(8, 32, 8) if target.lanes == 8 and weight.is_packed else None
+    stored = random_weight(weight, rows, COLUMNS, chosen=small)
     output, knobs = OutputRows(rows, rows + 5), {"tokens": 4, "prefetch": 1024}
     rng = np.random.default_rng(5)
     bias = rng.standard_normal(-(-rows // 16) * 16).astype(np.float32)

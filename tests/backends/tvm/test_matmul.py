@@ -20,7 +20,8 @@ from rlxc.backends.tvm.kernels.matmul import matmul_kernel
 from rlxc.backends.tvm.kernels.output import OutputRows
 from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import PackedLayout
-from rlxc.backends.tvm.targets import CpuTarget
+from rlxc.backends.tvm.layout_costs import layouts_of
+from rlxc.backends.tvm.targets import CpuTarget, find_target
 from rlxc.dtypes import DType
 from rlxc.weights.formats import FORMATS
 
@@ -141,6 +142,25 @@ def test_every_target_gives_the_same(run_kernel: Any, target: CpuTarget, dtype: 
     weight = random_weight(dtype, ROWS, COLUMNS)
     for tokens in (1, 10):
         check(run_kernel, target, weight, tokens, most=3)
+
+
+@pytest.mark.parametrize("dtype", ACROSS)
+def test_small_tiles_of_any_width_give_the_same(run_kernel: Any, dtype: DType) -> None:
+    target = find_target("x86-64-v3")
+    if target not in HERE:
+        pytest.skip("this CPU cannot run it")
+    for chosen in layouts_of(target, dtype):
+        if chosen.tile == 8:
+            check(run_kernel, target, random_weight(dtype, ROWS, 256, chosen=chosen), 7)
+
+
+@pytest.mark.parametrize(
+    "target", [target for target in HERE if target.lanes != 8], ids=lambda target: target.name
+)
+@pytest.mark.parametrize("dtype", [DType.Q6_K, DType.IQ1_M])
+def test_wider_codes_give_the_same(run_kernel: Any, target: CpuTarget, dtype: DType) -> None:
+    *_, widest = layouts_of(target, dtype)
+    check(run_kernel, target, random_weight(dtype, ROWS, 256, chosen=widest), 3)
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 12])

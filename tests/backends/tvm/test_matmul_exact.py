@@ -85,6 +85,22 @@ def test_tokens_may_share_a_pass_in_any_number(run_kernel: Any, most: int) -> No
         check(run_kernel, HERE[0], weight, tokens, most=most)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, DType.Q5_1, DType.IQ3_S])
+def test_a_token_has_the_same_bits_alone_and_among_others(run_kernel: Any, dtype: DType) -> None:
+    columns = 264 if dtype in FLOATS else 256
+    weight = random_weight(dtype, ROWS, columns)
+    x = np.random.default_rng(2).standard_normal((7, columns)).astype(np.float32)
+    knobs, output = {"tokens": 4, "prefetch": 1024}, OutputRows(ROWS, ROWS)
+    vectors = Vectors.of(HERE[0])
+    kernel = exact_matmul_kernel(vectors, knobs, weight.layout, output, stride=columns, bias=False)
+    kernel = replace(kernel, name=f"{kernel.name}_4")
+    together, alone = np.empty((7, ROWS), np.float32), np.empty((7, 1, ROWS), np.float32)
+    run_kernel(kernel, weight.stored, x, together, 7)  # a pass of four, and three of one
+    for token in range(7):
+        run_kernel(kernel, weight.stored, x[token : token + 1], alone[token], 1)
+    np.testing.assert_array_equal(together, alone[:, 0])
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 40), (16, 7), (17, 33), (100, 24)])
 def test_float_weights_may_have_any_shape(run_kernel: Any, rows: int, columns: int) -> None:
     check(run_kernel, HERE[0], random_weight(DType.F16, rows, columns), 3)

@@ -128,6 +128,7 @@ def test_trials_go_where_a_model_spends_its_time(tmp_path: Path) -> None:
 def test_no_time_means_no_trial(tmp_path: Path) -> None:
     summary = tune([problem()], HOST, Database(tmp_path), seconds=0, threads=1)
     assert (summary.trials, summary.complete, summary.results[0].best) == (0, False, None)
+    assert command._line(summary.results[0]).endswith(": not measured yet")
 
 
 def test_ctrl_c_keeps_what_was_measured_for_the_next_run(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ from rlxc.backends.tvm.kernels.vector import Vectors
 from rlxc.backends.tvm.layout import BLOCK, GROUPS, TILE, FloatLayout, Layout, PackedLayout
 from rlxc.dtypes import DType
 
-_CHAINS = 4
-"""Sums of few tokens that are added up side by side."""
+_TOGETHER = 16
+"""Columns of floats that are added up on their own, while the CPU begins with the next ones."""
 
 _DTYPES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "uint16"}
 
@@ -129,23 +129,23 @@ class ExactProduct:
         values = view(self.weight, _DTYPES[layout.dtype])
         start = bind(tile * (layout.columns * TILE) + first)
         widen = vectors.widen_bf16 if layout.dtype is DType.BF16 else vectors.floats
-        # Several sums where they fit in registers, since each addition waits for the one before.
-        chains = _CHAINS // len(rows) or 1
-        more = [[Register(vectors.lanes, vectors.splat(0.0)) for _ in rows] for _ in range(chains - 1)]
 
-        def add(column: Expr, into: list[Register]) -> None:
-            weight = vectors.load(values, start + column * TILE)
-            self._multiply(bind(widen(weight)), column, into, rows)
+        def add(first_column: Expr, columns: int) -> None:
+            # Sums of its own, since each addition waits for the one before. However many tokens share a pass, they are
+            # added in one order: a token's bits do not depend on others.
+            own = [Register(vectors.lanes, vectors.splat(0.0)) for _ in rows]
+            for index in range(columns):
+                column = bind(first_column + index)
+                weight = vectors.load(values, start + column * TILE)
+                self._multiply(bind(widen(weight)), column, own, rows)
+            for total, added in zip(sums, own):
+                total.set(total.get() + added.get())
 
-        whole = layout.columns // chains * chains
-        with serial(whole // chains) as index:
-            for chain, into in enumerate([sums, *more]):
-                add(bind(index * chains + chain), into)
-        for column in range(whole, layout.columns):
-            add(column, sums)
-        for others in more:
-            for total, other in zip(sums, others):
-                total.set(total.get() + other.get())
+        whole = layout.columns // _TOGETHER
+        with serial(whole) as block:
+            add(bind(block * _TOGETHER), _TOGETHER)
+        if layout.columns % _TOGETHER:
+            add(whole * _TOGETHER, layout.columns % _TOGETHER)
 
     def _packed(self, reader: TileReader, sums: list[Register], rows: list[Expr]) -> None:
         vectors, layout = self.vectors, reader.layout
