@@ -63,7 +63,19 @@ class Section:
 class _Layout(ABC):
     """What packed and float layouts share: tiles of rows, and sections one after the other."""
 
+    dtype: DType
     rows: int
+    columns: int
+
+    @property
+    def kind(self) -> str:
+        """The format, and how else than by default it lies, if it does: a part of kernels' names."""
+        return str(self.dtype)
+
+    @property
+    def name(self) -> str:
+        """Different for different ones: a part of kernels' names."""
+        return f"{self.kind}_{self.rows}x{self.columns}"
 
     @property
     def tile(self) -> int:
@@ -116,11 +128,11 @@ class PackedLayout(_Layout):
         return FORMATS[self.dtype]
 
     @property
-    def name(self) -> str:
-        """Different for different ones, as part of a kernel's name."""
+    def kind(self) -> str:
+        """The format, and how else than by default it lies, if it does: a part of kernels' names."""
         wide = f"_in_{self.bits}" if self.bits != self.code_bits else ""
         rows = f"_by_{self.tile}" if self.tile != TILE else ""
-        return f"{self.dtype}{wide}{rows}_{self.rows}x{self.columns}"
+        return f"{self.dtype}{wide}{rows}"
 
     @property
     def code_bits(self) -> int:
@@ -282,11 +294,6 @@ class FloatLayout(_Layout):
     dtype: DType
     rows: int
     columns: int
-
-    @property
-    def name(self) -> str:
-        """Different for different ones, as part of a kernel's name."""
-        return f"{self.dtype}_{self.rows}x{self.columns}"
 
     def tile_bytes(self) -> dict[str, int]:
         """Bytes that a tile has of the section."""

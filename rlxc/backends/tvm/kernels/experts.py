@@ -72,7 +72,7 @@ class Experts:
     @property
     def name(self) -> str:
         """Different for different ones."""
-        return f"{self.used}_of_{self.experts}_{self.rows}_{self.layout.name}"
+        return f"{self.layout.kind}_{self.used}_of_{self.experts}x{self.rows}x{self.columns}"
 
 
 def expert_matmul_kernel(
