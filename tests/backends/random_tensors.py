@@ -37,6 +37,8 @@ class RandomTensors:
             shape = tuple(map(int, weight.type.shape))
             fmt = FORMATS[weight.type.dtype]
             data = random_bytes(weight.type.dtype, shape, rng)
+            if weight.name == "factors":  # what frequencies are divided by
+                data = (1 + abs(data.view(np.float32))).view(np.uint8)
             rows = data.reshape(-1, fmt.row_bytes(shape[-1]))
             self.packed[weight.recipe.tensor] = data
             self.decoded[weight.recipe.tensor] = fmt.decode(rows, shape[-1]).reshape(shape)
