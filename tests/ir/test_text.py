@@ -254,7 +254,8 @@ def graphs(draw: st.DrawFn) -> Graph:
         recipe = draw(recipes(name))
         rows = len(recipe.parts) if isinstance(recipe, Concat) else 5
         numbers = st.integers(1, 64)
-        layout = draw(st.none() | st.builds(WeightLayout, numbers, numbers, numbers))
+        blocks = st.sampled_from([1, 2, 4, 8, 16, 32])  # parts of a row
+        layout = draw(st.none() | st.builds(WeightLayout, numbers, blocks, numbers))
         weights.append(Weight(name, TensorType(DType.Q4_0, (rows, 32)), recipe, layout))
     nodes = []
     for _ in range(draw(st.integers(0, 6))):

@@ -123,7 +123,10 @@ def tensors(graph: Graph) -> dict[str, npt.NDArray[np.float32]]:
             shape = tuple(map(int, weight.type.shape))
             # Of a size that keeps activations near 1.
             size = shape[1] ** -0.5 if len(shape) == 2 else 1.0
-            found[weight.recipe.tensor] = (size * rng.standard_normal(shape)).astype(np.float32)
+            array = size * rng.standard_normal(shape)
+            if weight.recipe.tensor.startswith(("factors", "rope_")):  # what frequencies are divided by
+                array = 1 + abs(array)
+            found[weight.recipe.tensor] = array.astype(np.float32)
         else:
             pending += getattr(weight.recipe, "parts", ())
     return found
